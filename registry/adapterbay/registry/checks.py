@@ -1,0 +1,150 @@
+"""Comparing what is in a registry with what should be, and building the index again from the files on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from adapterbay.registry import queries
+from adapterbay.registry.blobs import BlobStore
+from adapterbay.registry.errors import Corrupted, Rejected
+from adapterbay.registry.index import Index
+from adapterbay.registry.manifest import Manifest
+from adapterbay.registry.records import AliasLine, Records, VersionFile
+from adapterbay.registry.views import Problem, RegistryEvent, VerifyReport, VersionRecord
+
+
+class _Verification:
+    def __init__(self, blobs: BlobStore, records: Records) -> None:
+        self._blobs = blobs
+        self._records = records
+        self._checked: dict[str, str | None] = {}  # digest → what is wrong with the blob, or None
+        self.problems: list[Problem] = []
+        self.versions = 0
+
+    @property
+    def checked_blobs(self) -> int:
+        return len(self._checked)
+
+    def version(self, record: VersionRecord, sequence: int) -> None:
+        self.versions += 1
+        subject = f"{record.name}@{record.version}"
+        if self._blob(record.digest, None, "The manifest", subject, "manifest"):
+            try:
+                manifest = Manifest.from_bytes(self._blobs.path(record.digest).read_bytes())
+            except (Rejected, OSError) as error:
+                self.problems.append(Problem("manifest", subject, str(error)))
+            else:
+                for entry in manifest.files:
+                    self._blob(entry.digest, entry.size, entry.path, subject, "blob")
+        path = self._records.version_path(record.name, record.version)
+        try:
+            found = self._records.read_version(path)
+        except Corrupted as error:
+            self.problems.append(Problem("record", subject, error.message))
+            return
+        expected = (record.digest, record.created_at.isoformat(timespec="microseconds"), sequence)
+        if (found.digest, found.created_at, found.sequence) != expected:
+            self.problems.append(Problem("record", subject, f"the record {path} contradicts the index"))
+
+    def aliases(self, name: str, moves: list[RegistryEvent]) -> None:
+        try:
+            lines = self._records.read_aliases(name)
+        except Corrupted as error:
+            self.problems.append(Problem("alias", name, error.message))
+            return
+        expected = [
+            (move.sequence, move.alias, move.version if move.kind == "alias_set" else None, move.previous_version)
+            for move in moves
+        ]
+        found = [(line.sequence, line.alias, line.version, line.previous_version) for line in lines]
+        if found[: len(expected)] != expected:
+            self.problems.append(Problem("alias", name, "the log of its aliases contradicts the index"))
+
+    def _blob(self, digest: str, size: int | None, what: str, subject: str, kind: Any) -> bool:
+        if digest not in self._checked:
+            try:
+                self._blobs.check(digest, size, what)
+                self._checked[digest] = None
+            except Corrupted as error:
+                self._checked[digest] = error.message
+        problem = self._checked[digest]
+        if problem is not None:
+            self.problems.append(Problem(kind, subject, problem))
+        return problem is None
+
+
+def verify(blobs: BlobStore, records: Records, index: Index, name: str | None) -> VerifyReport:
+    """See `Registry.verify`. Blobs are read without a lock: they never change; pushes go on meanwhile."""
+    with index.read() as db:
+        db.execute("BEGIN")  # one state of the index throughout
+        try:
+            names = queries.names(db) if name is None else [name]
+            versions = {each: queries.versions(db, each) for each in names}
+            events = queries.events(db, 0, -1)
+        finally:
+            db.execute("COMMIT")
+    sequences = {(event.name, event.version): event.sequence for event in events if event.kind == "pushed"}
+    moves: dict[str, list[RegistryEvent]] = {}
+    for event in events:
+        if event.alias is not None:
+            moves.setdefault(event.name, []).append(event)
+    work = _Verification(blobs, records)
+    for each, its_versions in versions.items():
+        for record in its_versions:
+            work.version(record, sequences.get((each, record.version), 0))
+        work.aliases(each, moves.get(each, []))
+    leftovers = _leftovers(records, versions, name)
+    return VerifyReport(work.checked_blobs, work.versions, tuple(work.problems), leftovers)
+
+
+def _leftovers(records: Records, versions: dict[str, list[VersionRecord]], name: str | None) -> int:
+    known = {records.version_path(each, record.version) for each, its in versions.items() for record in its}
+    return sum(
+        1 for path in records.versions() if path not in known and (name is None or records.name_of(path) == name)
+    )
+
+
+def rebuild(blobs: BlobStore, records: Records, index: Index) -> None:
+    """See `Registry.rebuild_index`."""
+    with index.write() as db:
+        for table in ("adapters", "versions", "aliases", "blobs", "events"):
+            db.execute(f"DELETE FROM {table}")
+        digests: dict[tuple[str, int], str] = {}
+        for entry in _in_order(records):
+            if isinstance(entry, VersionFile):
+                path = blobs.check(entry.digest, None, f"The manifest of {entry.name}@{entry.version}")
+                manifest = _manifest(path, entry)
+                queries.insert_version(db, entry, manifest, path.stat().st_size)
+                digests[entry.name, entry.version] = entry.digest
+            else:
+                number = entry.version if entry.version is not None else entry.previous_version
+                digest = digests.get((entry.name, number)) if number is not None else None
+                if digest is None:
+                    raise Corrupted(f"The alias {entry.name}@{entry.alias} points at version {number}, which is lost.")
+                queries.insert_alias(db, entry, digest)
+
+
+def _manifest(path: Path, entry: VersionFile) -> Manifest:
+    try:
+        return Manifest.from_bytes(path.read_bytes())
+    except Rejected as error:
+        raise Corrupted(f"The manifest of {entry.name}@{entry.version} is not valid: {error.message}") from error
+
+
+def _in_order(records: Records) -> Iterable[VersionFile | AliasLine]:
+    """Everything on disk by sequence. Of two with the same number, the older one was never committed."""
+    by_sequence: dict[int, VersionFile | AliasLine] = {}
+    entries: list[VersionFile | AliasLine] = [records.read_version(path) for path in records.versions()]
+    for path in records.alias_files():
+        entries.extend(records.read_aliases(records.name_of(path)))
+    for entry in entries:
+        other = by_sequence.get(entry.sequence)
+        if other is None or _time(entry) > _time(other):
+            by_sequence[entry.sequence] = entry
+    return [by_sequence[sequence] for sequence in sorted(by_sequence)]
+
+
+def _time(entry: VersionFile | AliasLine) -> str:
+    return entry.created_at if isinstance(entry, VersionFile) else entry.at

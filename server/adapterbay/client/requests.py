@@ -1,0 +1,211 @@
+"""Keyword arguments to request messages: pure, shared by both clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from adapterbay.client.selection import Selection
+from adapterbay.v1 import inference_pb2, types_pb2
+
+Messages = Sequence[Mapping[str, str]]
+
+POOLINGS = {
+    "mean": inference_pb2.POOLING_MEAN,
+    "first": inference_pb2.POOLING_FIRST,
+    "last": inference_pb2.POOLING_LAST,
+}
+
+
+class SelectionOptions(TypedDict, total=False):
+    """What should answer; exactly one."""
+
+    adapter: str | None
+    fusion: Mapping[str, float] | None
+    base: bool
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are chosen. `log_probabilities` is how many alternatives to report at each position, 0 for none."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: Sequence[str]
+    ignore_end: bool
+    log_probabilities: int | None
+
+
+class GenerateOptions(SelectionOptions, SamplingOptions, total=False):
+    """Options of a generation. `messages` is a conversation, instead of a prompt."""
+
+    messages: Messages | None
+
+
+def sampling(
+    *,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    ignore_end: bool = False,
+) -> inference_pb2.Sampling:
+    """Sampling settings; None leaves the server's default."""
+    if isinstance(stop, str):
+        raise TypeError("stop takes a sequence of strings, not one string.")
+    return inference_pb2.Sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=stop,
+        ignore_end=ignore_end,
+    )
+
+
+def conversation(messages: Messages) -> types_pb2.Conversation:
+    """A conversation from mappings with `role` and `content`."""
+    return types_pb2.Conversation(
+        messages=[types_pb2.ChatMessage(role=message["role"], content=message["content"]) for message in messages]
+    )
+
+
+def _log_probabilities(top: int | None) -> inference_pb2.LogProbabilityOptions | None:
+    return None if top is None else inference_pb2.LogProbabilityOptions(top=top)
+
+
+def generate(
+    prompt: str | None,
+    *,
+    messages: Messages | None = None,
+    adapter: str | None = None,
+    fusion: Mapping[str, float] | None = None,
+    base: bool = False,
+    log_probabilities: int | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    ignore_end: bool = False,
+) -> inference_pb2.GenerateRequest:
+    """A GenerateRequest. Raises ValueError unless there is exactly one of a prompt and messages."""
+    if (prompt is None) == (messages is None):
+        raise ValueError("Give either a prompt or messages.")
+    request = inference_pb2.GenerateRequest(
+        **Selection(adapter, fusion, base).fields(),
+        sampling=sampling(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            ignore_end=ignore_end,
+        ),
+        log_probabilities=_log_probabilities(log_probabilities),
+    )
+    if messages is not None:
+        request.conversation.CopyFrom(conversation(messages))
+    elif prompt is not None:
+        request.prompt = prompt
+    return request
+
+
+def streamed(request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateStreamRequest:
+    """The same request for streaming: both messages have the same fields, which a test of the contract holds."""
+    return inference_pb2.GenerateStreamRequest.FromString(request.SerializeToString())
+
+
+def _texts(texts: Sequence[str]) -> Sequence[str]:
+    if isinstance(texts, str):
+        raise TypeError("texts takes a sequence of strings, not one string.")
+    return texts
+
+
+def classify(
+    texts: Sequence[str],
+    *,
+    adapter: str | None = None,
+    fusion: Mapping[str, float] | None = None,
+    base: bool = False,
+    truncate: bool = False,
+) -> inference_pb2.ClassifyRequest:
+    """A ClassifyRequest."""
+    selection = Selection(adapter, fusion, base)
+    return inference_pb2.ClassifyRequest(**selection.fields(), texts=_texts(texts), truncate=truncate)
+
+
+def embed(
+    texts: Sequence[str],
+    *,
+    adapter: str | None = None,
+    fusion: Mapping[str, float] | None = None,
+    base: bool = False,
+    pooling: str = "mean",
+    normalize: bool = False,
+    truncate: bool = False,
+) -> inference_pb2.EmbedRequest:
+    """An EmbedRequest. `pooling` is "mean", "first" or "last"."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}; it must be one of {', '.join(POOLINGS)}.")
+    return inference_pb2.EmbedRequest(
+        **Selection(adapter, fusion, base).fields(),
+        texts=_texts(texts),
+        pooling=POOLINGS[pooling],
+        normalize=normalize,
+        truncate=truncate,
+    )
+
+
+def compare_generate(
+    arms: Sequence[Selection | str],
+    inputs: Sequence[str | Messages],
+    *,
+    log_probabilities: int | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    ignore_end: bool = False,
+) -> inference_pb2.CompareRequest:
+    """A CompareRequest that generates. An input is a prompt or a conversation."""
+    task = inference_pb2.GenerateTask(
+        sampling=sampling(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            ignore_end=ignore_end,
+        ),
+        log_probabilities=_log_probabilities(log_probabilities),
+    )
+    return inference_pb2.CompareRequest(arms=_arms(arms), inputs=[_input(entry) for entry in inputs], generate=task)
+
+
+def compare_classify(
+    arms: Sequence[Selection | str], inputs: Sequence[str], *, truncate: bool = False
+) -> inference_pb2.CompareRequest:
+    """A CompareRequest that classifies."""
+    task = inference_pb2.ClassifyTask(truncate=truncate)
+    return inference_pb2.CompareRequest(arms=_arms(arms), inputs=[_input(text) for text in inputs], classify=task)
+
+
+def _arms(arms: Sequence[Selection | str]) -> list[inference_pb2.Arm]:
+    return [inference_pb2.Arm(**Selection.of(arm).fields()) for arm in arms]
+
+
+def _input(entry: str | Messages) -> inference_pb2.CompareInput:
+    if isinstance(entry, str):
+        return inference_pb2.CompareInput(text=entry)
+    return inference_pb2.CompareInput(conversation=conversation(entry))

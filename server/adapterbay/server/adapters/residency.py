@@ -1,0 +1,329 @@
+"""Which adapters are in memory: registry → host → device, budgets in bytes, the least recently used give way.
+
+Loads run on threads of their own and never touch the device. Placing on the device happens on the engine's thread
+between steps. Whoever uses an adapter holds its `Resident` object, not its name: an unload takes the object out of the
+table, its rows finish on it, and the next request loads anew under another key, so no slot is ever read by a key that
+it was not written for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from adapterbay.registry.errors import AdapterbayError, EngineFault, InvalidArgument, Unavailable
+from adapterbay.server.adapters.forms import ServingForm
+
+
+class Residency(Enum):
+    """Where an adapter's weights are."""
+
+    REGISTRY = "registry"
+    LOADING = "loading"
+    HOST = "host"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyInfo:
+    """What of one digest is in memory. `bytes` counts every tier; `active_rows` rows run or wait on it."""
+
+    state: Residency
+    bytes: int = 0
+    pinned: bool = False
+    active_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEvent:
+    """A change of residency. `at` is time.time()."""
+
+    kind: Literal["loaded", "unloaded", "load_failed"]
+    digest: str
+    message: str
+    at: float
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """One loading or loaded adapter. `key` names it in the device's pools and is never used twice."""
+
+    key: str
+    digest: str
+    size: int  # expected bytes until the form is there
+    loading: Future[float] = field(default_factory=Future)  # seconds
+    form: ServingForm | None = None
+    holds: int = 0  # rows that wait or run on it
+    seats: int = 0  # rows of the batch that compute with it
+    on_device: bool = False
+    pinned: bool = False
+    leaving: Future[int] | None = None
+
+    @property
+    def ready(self) -> ServingForm:
+        """The form of a loaded adapter."""
+        if self.form is None:
+            raise RuntimeError(f"{self.digest} is not loaded")
+        return self.form
+
+
+Load = Callable[[str], ServingForm]
+"""Reads, verifies and admits one digest; runs on a loading thread."""
+
+
+class HostMemory:
+    """Loaded adapters by digest, the least recently used first. Thread-safe."""
+
+    def __init__(
+        self,
+        load: Load,
+        size_of: Callable[[str], int],
+        *,
+        budget_bytes: int,
+        threads: int,
+        vacate: Callable[[Resident], None],
+    ) -> None:
+        self._load = load
+        self._size_of = size_of
+        self._budget = budget_bytes
+        self._vacate = vacate  # frees the resident's device slots, soon, on the engine's thread
+        self._lock = threading.RLock()
+        self._serial = itertools.count(1)
+        self._table: OrderedDict[str, Resident] = OrderedDict()
+        self._leaving: list[Resident] = []
+        self._queue: deque[Resident] = deque()
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="adapter-load")
+        self._listeners: list[Callable[[AdapterEvent], None]] = []
+        self._loads_under_way = 0
+        self._closed = False
+
+    def close(self) -> None:
+        """Ends the loading threads; loads that have not begun fail as Unavailable."""
+        with self._lock:
+            self._closed = True
+            waiting, self._queue = list(self._queue), deque()
+            self._loads_under_way += len(waiting)
+        for resident in waiting:
+            self._failed(resident, Unavailable("The server is stopping."))
+        self._executor.shutdown(wait=True)
+
+    def subscribe(self, listener: Callable[[AdapterEvent], None]) -> Callable[[], None]:
+        """Calls `listener` on every change, on whatever thread made it; returns what ends that."""
+        with self._lock:
+            self._listeners.append(listener)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                if listener in self._listeners:
+                    self._listeners.remove(listener)
+
+        return unsubscribe
+
+    def hold(self, digest: str) -> Resident:
+        """The resident of a digest, loading if need be, kept until `release`."""
+        with self._lock:
+            resident = self._touch(digest)
+            resident.holds += 1
+            return resident
+
+    def release(self, resident: Resident) -> None:
+        """Ends one hold."""
+        with self._lock:
+            resident.holds -= 1
+            if resident.holds == 0 and resident.leaving is not None:
+                self._leave(resident)
+            self._start_loads()
+
+    def load(self, digest: str) -> Future[float]:
+        """Begins to load a digest; the future has the seconds it took, 0 if it was there."""
+        with self._lock:
+            resident = self._touch(digest)
+            if resident.form is None:
+                return resident.loading
+        done: Future[float] = Future()
+        done.set_result(0.0)
+        return done
+
+    def unload(self, digest: str) -> Future[int]:
+        """Takes a digest out of the table; its memory goes when the rows that hold it have finished.
+
+        Raises InvalidArgument for a pinned adapter.
+        """
+        with self._lock:
+            resident = self._table.get(digest)
+            if resident is not None and resident.pinned:
+                raise InvalidArgument(f"{digest} is pinned; unpin it before unloading.", field="adapter")
+            freed: Future[int] = Future()
+            if resident is None:
+                freed.set_result(0)
+                return freed
+            del self._table[digest]
+            resident.leaving = freed
+            self._leaving.append(resident)
+            if resident.holds == 0 and (resident.form is not None or resident in self._queue):
+                self._leave(resident)
+            return freed
+
+    def pin(self, digest: str, pinned: bool) -> None:
+        """Keeps a digest in host memory whatever the load (loading it if need be), or lets it go again."""
+        with self._lock:
+            if pinned:
+                self._touch(digest).pinned = True
+            elif digest in self._table:
+                self._table[digest].pinned = False
+                self._start_loads()
+
+    def residency(self, digest: str) -> ResidencyInfo:
+        """What of a digest is in memory, residents that are leaving counted in."""
+        with self._lock:
+            current = self._table.get(digest)
+            all_of_it = [r for r in self._leaving if r.digest == digest] + ([current] if current else [])
+            state = Residency.REGISTRY
+            if current is not None:
+                state = Residency.LOADING if current.form is None else Residency.HOST
+            if any(r.on_device for r in all_of_it):
+                state = Residency.DEVICE
+            return ResidencyInfo(
+                state=state,
+                bytes=sum(r.size * (2 if r.on_device else 1) for r in all_of_it if r.form is not None),
+                pinned=current is not None and current.pinned,
+                active_rows=sum(r.holds for r in all_of_it),
+            )
+
+    def resident(self) -> tuple[str, ...]:
+        """The digests that are loaded."""
+        with self._lock:
+            return tuple(digest for digest, r in self._table.items() if r.form is not None)
+
+    def relieve(self) -> None:
+        """Begins the next load although the budget is taken. For the moment when everything in memory is held by rows
+        that wait for other adapters, so that keeping to the budget would keep them all waiting for ever."""
+        with self._lock:
+            if self._queue and not self._loads_under_way:
+                self._begin(self._queue.popleft())
+
+    @property
+    def used_bytes(self) -> int:
+        """Host memory that loaded and loading adapters take."""
+        with self._lock:
+            return sum(r.size for r in (*self._table.values(), *self._leaving) if r not in self._queue)
+
+    def _touch(self, digest: str) -> Resident:
+        resident = self._table.get(digest)
+        if resident is None:
+            size = self._size_of(digest)
+            if size > self._budget:
+                raise InvalidArgument(
+                    f"{digest} takes {size} bytes; the host budget for all adapters is {self._budget}.", field="adapter"
+                )
+            resident = Resident(key=f"{digest}#{next(self._serial)}", digest=digest, size=size)
+            self._table[digest] = resident
+            self._queue.append(resident)
+            self._start_loads()
+        self._table.move_to_end(digest)
+        return resident
+
+    def _start_loads(self) -> None:
+        while self._queue and not self._closed:
+            if not self._make_room(self._queue[0].size):
+                return  # when a row ends or a pin goes, this is tried again
+            self._begin(self._queue.popleft())
+
+    def _begin(self, resident: Resident) -> None:
+        self._loads_under_way += 1
+        self._executor.submit(self._run_load, resident)
+
+    def _make_room(self, size: int) -> bool:
+        idle = deque(r for r in self._table.values() if not r.holds and not r.pinned and r.form is not None)
+        while self.used_bytes + size > self._budget:
+            if not idle:
+                return False
+            oldest = idle.popleft()
+            del self._table[oldest.digest]
+            oldest.leaving = Future()
+            self._leaving.append(oldest)
+            self._leave(oldest)
+        return True
+
+    def _run_load(self, resident: Resident) -> None:
+        began = time.monotonic()
+        try:
+            form = self._load(resident.digest)
+        except AdapterbayError as error:
+            self._failed(resident, error)
+            return
+        except Exception as error:  # noqa: BLE001 - whatever it is, the rows that wait must hear of it
+            fault = EngineFault(f"Loading {resident.digest} failed: {error!r}")
+            fault.__cause__ = error
+            self._failed(resident, fault)
+            return
+        with self._lock:
+            self._loads_under_way -= 1
+            resident.form = form
+            resident.size = form.bytes
+            if resident.leaving is not None and resident.holds == 0:
+                self._leave(resident)
+        self._tell("loaded", resident.digest, "")
+        resident.loading.set_result(time.monotonic() - began)
+
+    def _failed(self, resident: Resident, error: AdapterbayError) -> None:
+        with self._lock:
+            self._loads_under_way -= 1
+            if self._table.get(resident.digest) is resident:
+                del self._table[resident.digest]
+            if resident in self._leaving:
+                self._leaving.remove(resident)
+            resident.size = 0
+            if resident.leaving is not None:
+                resident.leaving.set_result(0)
+            self._start_loads()
+        self._tell("load_failed", resident.digest, error.message)
+        resident.loading.set_exception(error)
+
+    def _leave(self, resident: Resident) -> None:
+        """Lets go of a resident that nobody holds."""
+        assert resident.leaving is not None
+        freed = resident.size * (2 if resident.on_device else 1) if resident.form is not None else 0
+        if resident in self._queue:
+            self._queue.remove(resident)
+            resident.loading.set_exception(Unavailable("The adapter was unloaded while it waited to load."))
+        self._leaving.remove(resident)
+        self._vacate(resident)
+        resident.leaving.set_result(freed)
+        self._tell("unloaded", resident.digest, "")
+
+    def _tell(self, kind: Literal["loaded", "unloaded", "load_failed"], digest: str, message: str) -> None:
+        event = AdapterEvent(kind=kind, digest=digest, message=message, at=time.time())
+        for listener in tuple(self._listeners):
+            listener(event)
+
+
+def wait_all(residents: Sequence[Resident], then: Callable[[AdapterbayError | None], None]) -> None:
+    """Calls `then` once, when all have loaded or the first has failed; on this thread if that is already so."""
+    pending = [resident.loading for resident in residents if resident.form is None]
+    left = len(pending)
+    if not left:
+        then(None)
+        return
+    lock = threading.Lock()
+
+    def one_done(future: Future[float]) -> None:
+        nonlocal left
+        error = future.exception()
+        with lock:
+            if left <= 0:
+                return
+            left = 0 if error is not None else left - 1
+            last = left == 0
+        if last:
+            then(error if error is None or isinstance(error, AdapterbayError) else EngineFault(repr(error)))
+
+    for future in pending:
+        future.add_done_callback(one_done)

@@ -1,0 +1,35 @@
+"""The server's settings: one frozen object, built once, passed whole."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MEBIBYTE = 1 << 20
+
+
+class ServerConfig(BaseModel):
+    """Every setting of a server. Sizes are in bytes, times in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str | None = Field(default=None, description="Base reference; none means the default base.")
+    registry: str | None = Field(default=None, description="Registry folder; none means the default one.")
+    host: str = "127.0.0.1"
+    port: int = Field(default=50051, ge=0, le=65535, description="0 picks a free port.")
+
+    quantize: str = Field(default="auto", description="none, nf4, int8, or auto by device.")
+    dtype: str = Field(default="auto", description="float32, bfloat16, float16, or auto by device.")
+    device: str = Field(default="auto", description="cpu, cuda, or auto.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of the base; none leaves torch's own.")
+    max_length: int | None = Field(default=None, ge=1, description="Lowers the base's context.")
+
+    max_rows: int = Field(default=32, ge=1, description="Rows that run at once.")
+    max_queue: int = Field(default=256, ge=1, description="Rows that may wait; one more is refused.")
+    step_tokens: int = Field(default=512, ge=16, description="Tokens of one step; longer prompts go in chunks.")
+
+    kv_bytes: int = Field(default=1024 * MEBIBYTE, ge=MEBIBYTE, description="Budget of the key/value cache.")
+    host_bytes: int = Field(default=2048 * MEBIBYTE, ge=MEBIBYTE, description="Budget of adapters in host memory.")
+    device_bytes: int = Field(default=1024 * MEBIBYTE, ge=MEBIBYTE, description="Budget of adapters in device slots.")
+    load_threads: int = Field(default=2, ge=1, description="Adapters that load at once.")
+
+    drain_seconds: float = Field(default=30.0, ge=0, description="How long running rows may finish at a stop.")

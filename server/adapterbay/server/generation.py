@@ -1,0 +1,94 @@
+"""What a generating row remembers between steps, and how one drawn token becomes a delta or the end."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from adapterbay.registry.errors import Rejected
+from adapterbay.server.batch import Row
+from adapterbay.server.requests import (
+    Delta,
+    FinishReason,
+    GenerateTask,
+    PositionChances,
+    SamplingSpec,
+    TokenChance,
+)
+from adapterbay.server.sampling import Drawn
+from adapterbay.server.tokens import StopWatch, StreamDecoder
+
+
+class Generating:
+    """One generation under way."""
+
+    def __init__(self, row: Row, tokenizer: Any, end_ids: Collection[int]) -> None:
+        task = row.request.task
+        assert isinstance(task, GenerateTask)
+        self.sampling: SamplingSpec = task.sampling
+        self.generator: torch.Generator | None = None
+        if self.sampling.temperature > 0:
+            self.generator = torch.Generator()
+            if self.sampling.seed is None:
+                self.generator.seed()
+            else:
+                self.generator.manual_seed(self.sampling.seed % (1 << 63))
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.chances: list[PositionChances] = []
+        self.finish: FinishReason | None = None
+        self._tokenizer = tokenizer
+        self._end_ids = end_ids
+        self._most = row.max_new_tokens
+        self._decoder = StreamDecoder(tokenizer, task.prompt_ids)
+        self._stops = StopWatch(self.sampling.stop)
+
+    @property
+    def stop(self) -> str:
+        """The stop string that ended it, or nothing."""
+        return self._stops.hit or ""
+
+    def push(self, drawn: Drawn) -> Delta:
+        """Takes one token; sets `finish` when it was the last.
+
+        Raises Rejected when the logits held NaN or Inf: the adapter, on this text, computes nothing.
+        """
+        if not drawn.finite:
+            raise Rejected(
+                "The logits of this row are not finite: the adapter overflows on this text. Other rows are unharmed.",
+                reason="NOT_FINITE",
+            )
+        self.token_ids.append(drawn.token_id)
+        chances = self._chances(drawn)
+        self.chances.extend(chances)
+        ended = drawn.token_id in self._end_ids and not self.sampling.ignore_end
+        text = self._stops.push("" if ended else self._decoder.push(drawn.token_id))
+        if self._stops.hit is not None:
+            self.finish = FinishReason.STOP
+        elif ended or len(self.token_ids) >= self._most:
+            self.finish = FinishReason.END if ended else FinishReason.LENGTH
+            text += self._last_words()
+        self.text += text
+        return Delta(text=text, token_ids=(drawn.token_id,), chances=chances)
+
+    def _last_words(self) -> str:
+        text = self._stops.push(self._decoder.flush())
+        if self._stops.hit is not None:
+            self.finish = FinishReason.STOP
+            return text
+        return text + self._stops.flush()
+
+    def _chances(self, drawn: Drawn) -> tuple[PositionChances, ...]:
+        if drawn.log_probability is None:
+            return ()
+        return (
+            PositionChances(
+                chosen=self._chance(drawn.token_id, drawn.log_probability),
+                top=tuple(self._chance(token_id, value) for token_id, value in drawn.top),
+            ),
+        )
+
+    def _chance(self, token_id: int, value: float) -> TokenChance:
+        return TokenChance(token_id, self._tokenizer.decode([token_id]), value)

@@ -1,0 +1,84 @@
+"""Text to token ids for requests, with the base's length held. Knows nothing of gRPC or the engine."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping, Sequence
+
+from adapterbay.base.text import Tokenizer, encode_conversation, encode_text
+from adapterbay.registry.errors import InvalidArgument
+
+DEFAULT_MAX_TOKENS = 256
+
+
+class Encoder:
+    """Encodes requests on any thread.
+
+    It has its own copy of the tokenizer behind a lock: a fast tokenizer keeps its truncation setting as state, so
+    two threads, or the engine decoding at the same time, must not share one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._max_length = max_length
+        self._lock = threading.Lock()
+
+    def prompt(self, prompt: str, field: str) -> tuple[int, ...]:
+        """Ids of a raw prompt that leaves room for at least one token."""
+        with self._lock:
+            ids = encode_text(self._tokenizer, prompt)
+        return self._leaving_room(ids, field)
+
+    def conversation(self, messages: Sequence[Mapping[str, str]], field: str) -> tuple[int, ...]:
+        """Ids of a conversation with the generation prompt appended, leaving room for at least one token."""
+        try:
+            with self._lock:
+                ids = encode_conversation(self._tokenizer, messages, add_generation_prompt=True)
+        except InvalidArgument as error:
+            raise InvalidArgument(error.message, field=field, reason=error.reason) from error
+        return self._leaving_room(ids, field)
+
+    def text(self, text: str, *, limit: int, truncate: bool, field: str) -> tuple[tuple[int, ...], bool]:
+        """Ids of a text to label or embed, and whether it was cut to `limit` tokens.
+
+        A cut keeps the special tokens, as the tokenizer's own truncation in training does. Without `truncate` the
+        base's length is the only limit.
+        """
+        with self._lock:
+            ids = encode_text(self._tokenizer, text)
+            cut = truncate and len(ids) > limit
+            if cut:
+                ids = list(
+                    self._tokenizer(text, add_special_tokens=True, truncation=True, max_length=limit)["input_ids"]
+                )
+        if not ids:
+            raise InvalidArgument("The text has no tokens.", field=field)
+        if len(ids) > self._max_length:
+            raise InvalidArgument(
+                f"The text has {len(ids)} tokens, the base takes {self._max_length}; shorten it or set `truncate`.",
+                field=field,
+            )
+        return tuple(ids), cut
+
+    def new_tokens(self, prompt_tokens: int, asked: int | None, field: str) -> int:
+        """How many tokens may be generated: what was asked for, or 256, or what the context leaves if that is less."""
+        left = self._max_length - prompt_tokens
+        if asked is None:
+            return min(DEFAULT_MAX_TOKENS, left)
+        if asked > left:
+            raise InvalidArgument(
+                f"The prompt has {prompt_tokens} tokens and {asked} more were asked for, the base takes "
+                f"{self._max_length} in all; at most {left} can be generated.",
+                field=field,
+            )
+        return asked
+
+    def _leaving_room(self, ids: list[int], field: str) -> tuple[int, ...]:
+        if not ids:
+            raise InvalidArgument("The prompt has no tokens.", field=field)
+        if len(ids) >= self._max_length:
+            raise InvalidArgument(
+                f"The prompt has {len(ids)} tokens, the base takes {self._max_length} with the completion.", field=field
+            )
+        return tuple(ids)

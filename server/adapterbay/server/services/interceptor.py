@@ -1,0 +1,128 @@
+"""Around every call of ours: the gate, the error tree as gRPC status, and streams that are closed for sure."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from adapterbay.registry.errors import Unavailable
+from adapterbay.server.status import DETAILS_KEY, code_of, status_of
+
+_OURS = "/adapterbay.v1."
+_WITHOUT_END = frozenset({"/adapterbay.v1.AdapterService/WatchAdapters"})
+"""Streams that only their caller or a stop ends: a drain does not wait for them."""
+
+_logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]]
+
+
+class Phase(enum.Enum):
+    """Where the server is in its life; the value is the reason given to refused calls."""
+
+    STARTING = "STARTING"
+    SERVING = "SERVING"
+    DRAINING = "DRAINING"
+
+
+_REFUSALS = {
+    Phase.STARTING: "The server is starting and has not loaded its base yet; try again in a moment.",
+    Phase.DRAINING: "The server is stopping and takes no new requests.",
+}
+
+
+class Gate:
+    """Admits calls while the server serves, and knows how many are under way."""
+
+    def __init__(self) -> None:
+        self.phase = Phase.STARTING
+        self.under_way = 0
+
+    @contextlib.contextmanager
+    def admitted(self, method: str) -> Iterator[None]:
+        """Counts a call. Raises Unavailable outside the serving phase."""
+        if self.phase is not Phase.SERVING:
+            raise Unavailable(_REFUSALS[self.phase], reason=self.phase.value)
+        counted = method not in _WITHOUT_END
+        self.under_way += counted
+        try:
+            yield
+        finally:
+            self.under_way -= counted
+
+    async def idle(self) -> None:
+        """Returns once no call is under way."""
+        while self.under_way:
+            await asyncio.sleep(0.01)
+
+
+async def _never(request: Any, context: Context) -> Any:
+    raise AssertionError("the gate admits nothing outside the serving phase")
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+    """Wraps the handlers of our services; health and reflection pass untouched."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Chooses the wrapper by the kind of the method.
+
+        While the server starts, our services are not registered yet; their calls are refused, not unknown.
+        """
+        method = handler_call_details.method
+        if not method.startswith(_OURS):
+            return await continuation(handler_call_details)
+        if self._gate.phase is not Phase.SERVING:
+            return grpc.unary_unary_rpc_method_handler(self._unary(_never, method))
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        serializers = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.response_streaming:
+            stream = self._stream(handler.unary_stream, method)
+            return grpc.unary_stream_rpc_method_handler(stream, **serializers)
+        return grpc.unary_unary_rpc_method_handler(self._unary(handler.unary_unary, method), **serializers)
+
+    def _unary(self, behavior: Callable[[Any, Context], Awaitable[Any]], method: str) -> Callable[..., Any]:
+        async def answer(request: Any, context: Context) -> Any:
+            async with self._around(method, context):
+                return await behavior(request, context)
+
+        return answer
+
+    def _stream(self, behavior: Callable[[Any, Context], AsyncIterator[Any]], method: str) -> Callable[..., Any]:
+        # Written with context.write and not as a generator: gRPC would cancel a generator only at its yield, and
+        # leave its rows to the garbage collector.
+        async def answer(request: Any, context: Context) -> None:
+            async with self._around(method, context), contextlib.aclosing(behavior(request, context)) as responses:  # type: ignore[type-var]
+                async for response in responses:
+                    await context.write(response)
+
+        return answer
+
+    @contextlib.asynccontextmanager
+    async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
+        try:
+            with self._gate.admitted(method):
+                yield
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is becomes a status; bugs are logged there
+            status = status_of(error)
+            _logger.info("%s: %s %s", method, code_of(error).name, status.message)
+            await context.abort(code_of(error), status.message, ((DETAILS_KEY, status.SerializeToString()),))

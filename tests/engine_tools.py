@@ -1,0 +1,239 @@
+"""Drives a real engine from a test: submit, wait, and see the logits that it computed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from adapterbay.registry import Registry
+from adapterbay.registry.errors import AdapterbayError
+from adapterbay.server.batch import Share
+from adapterbay.server.config import ServerConfig
+from adapterbay.server.engine import Engine
+from adapterbay.server.requests import (
+    ArmSpec,
+    ClassifyResult,
+    ClassifyTask,
+    Delta,
+    EmbedTask,
+    Event,
+    GenerateResult,
+    GenerateTask,
+    Part,
+    Request,
+    SamplingSpec,
+    Task,
+)
+from adapterbay.server.runner import StepResult
+
+Selection = str | Mapping[str, float] | None
+
+
+class Answer:
+    """Collects what one request hears."""
+
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+        self.final: Any = None
+        self.events_after_end = 0
+        self.done = threading.Event()
+        self.request: Request | None = None
+        self.on_delta: Any = None
+
+    def __call__(self, event: Event) -> None:
+        if self.done.is_set():
+            self.events_after_end += 1
+        elif isinstance(event, Delta):
+            self.deltas.append(event)
+            if self.on_delta is not None:
+                self.on_delta(self)
+        else:
+            self.final = event
+            self.done.set()
+
+    def wait(self, seconds: float = 60) -> Any:
+        """The result; raises the error if it ended in one."""
+        assert self.done.wait(seconds), "no answer came"
+        if isinstance(self.final, AdapterbayError):
+            raise self.final
+        return self.final
+
+    def generated(self) -> GenerateResult:
+        result = self.wait()
+        assert isinstance(result, GenerateResult)
+        assert result.text == "".join(delta.text for delta in self.deltas)
+        assert result.token_ids == tuple(token for delta in self.deltas for token in delta.token_ids)
+        return result
+
+    def classified(self) -> ClassifyResult:
+        result = self.wait()
+        assert isinstance(result, ClassifyResult)
+        return result
+
+
+class Harness(AbstractContextManager["Harness"]):
+    """An engine over a base and a registry, with every row's logits recorded."""
+
+    def __init__(self, base: Path | str, registry: Registry | Path, **settings: Any) -> None:
+        self.registry = registry if isinstance(registry, Registry) else Registry.open(registry)
+        settings = {"dtype": "float32", "quantize": "none", "device": "cpu", "kv_bytes": 64 << 20} | settings
+        config = ServerConfig(base=str(base), registry=str(self.registry.location), **settings)
+        self.engine = Engine.create(config)
+        self.logits: dict[int, list[Tensor]] = defaultdict(list)
+        self.step_sizes: list[int] = []
+        self.kinds: list[set[str]] = []
+        self._record()
+
+    def __enter__(self) -> Harness:
+        self.engine.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.engine.stop()
+
+    def arm(self, selection: Selection) -> ArmSpec:
+        if selection is None:
+            return ArmSpec()
+        weighted = {selection: 1.0} if isinstance(selection, str) else selection
+        parts = []
+        for reference, weight in weighted.items():
+            found = self.engine.adapters.resolve(reference)
+            parts.append(Part(reference, found.name, found.version, found.digest, weight))
+        return ArmSpec(tuple(parts))
+
+    def request(self, selection: Selection, task: Task, **settings: Any) -> tuple[Answer, Request]:
+        answer = Answer()
+        request = Request(arm=self.arm(selection), task=task, listener=answer, **settings)
+        answer.request = request
+        return answer, request
+
+    def submit(self, selection: Selection, task: Task, **settings: Any) -> Answer:
+        answer, request = self.request(selection, task, **settings)
+        self.engine.submit([request])
+        return answer
+
+    def generate(self, selection: Selection, prompt: Sequence[int], most: int = 12, **sampling: Any) -> Answer:
+        sampling.setdefault("ignore_end", True)
+        return self.submit(selection, GenerateTask(tuple(prompt), SamplingSpec(max_tokens=most, **sampling)))
+
+    def classify(self, selection: Selection, ids: Sequence[int]) -> Answer:
+        return self.submit(selection, ClassifyTask(tuple(ids)))
+
+    def embed(self, selection: Selection, ids: Sequence[int], **settings: Any) -> Answer:
+        return self.submit(selection, EmbedTask(tuple(ids), **settings))
+
+    def idle(self, seconds: float = 20) -> None:
+        """Waits until nothing runs and every block is back."""
+        until = time.monotonic() + seconds
+        while True:
+            stats = self.engine.stats()
+            if stats.running == stats.waiting == 0 and stats.free_blocks == stats.blocks:
+                return
+            assert time.monotonic() < until, f"the engine is not idle: {stats}"
+            time.sleep(0.005)
+
+    def _record(self) -> None:
+        runner = self.engine._loop._runner
+        run = runner.run
+
+        def recording(shares: Sequence[Share]) -> StepResult:
+            result = run(shares)
+            self.step_sizes.append(len(shares))
+            self.kinds.append({type(share.row.request.task).__name__ for share in shares})
+            if result.logits is not None:
+                for row, logits in zip(result.drawing, result.logits, strict=True):
+                    self.logits[row.request.id].append(logits.float().clone())
+            return result
+
+        runner.run = recording  # type: ignore[method-assign]
+
+
+def reference_logits(model: Any, prompt: Sequence[int], generated: Sequence[int]) -> Tensor:
+    """What the reference computes for each generated position, in one unpadded forward. [generated, vocabulary]"""
+    ids = torch.tensor([[*prompt, *generated]])
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids).logits[0]
+    return logits[len(prompt) - 1 : -1].float()
+
+
+def reference_greedy(model: Any, prompt: Sequence[int], most: int) -> tuple[int, ...]:
+    """Greedy tokens by transformers' own generate, end tokens ignored."""
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=torch.tensor([list(prompt)]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=most,
+            min_new_tokens=most,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+class References:
+    """Plain PEFT over one base: each arm alone, through `set_adapter`; fusions by PEFT's own exact `cat`."""
+
+    def __init__(self, model: Any, folders: Mapping[str, Path]) -> None:
+        self._base = model
+        self._folders = dict(folders)
+        self._peft: PeftModel | None = None
+        self._made: set[str] = set()
+
+    def of(self, selection: Selection) -> AbstractContextManager[Any]:
+        """A context in which calling the model is the arm and nothing else."""
+        return _Alone(self, selection)
+
+    def activate(self, selection: Selection) -> Any:
+        if self._peft is None:
+            first = next(iter(self._folders))
+            self._peft = PeftModel.from_pretrained(self._base, self._folders[first], adapter_name=first).eval()
+            self._made.add(first)
+        names = [selection] if isinstance(selection, str) else list(selection or ())
+        for name in names:
+            if name not in self._made:
+                self._peft.load_adapter(self._folders[name], adapter_name=name)
+                self._made.add(name)
+        if isinstance(selection, str):
+            self._peft.set_adapter(selection)
+        elif selection is not None:
+            weights = [selection[name] for name in names]
+            fused = "fused_" + "_".join(f"{name}_{weight}".replace(".", "_") for name, weight in selection.items())
+            if fused not in self._made:
+                self._peft.add_weighted_adapter(names, weights, fused, combination_type="cat")
+                self._made.add(fused)
+            self._peft.set_adapter(fused)
+        return self._peft
+
+
+class _Alone(AbstractContextManager[Any]):
+    def __init__(self, references: References, selection: Selection) -> None:
+        self._references, self._selection = references, selection
+        self._disabled: Any = None
+
+    def __enter__(self) -> Any:
+        model = self._references.activate(self._selection)
+        if self._selection is None:
+            self._disabled = model.disable_adapter()
+            self._disabled.__enter__()
+        return model.eval()
+
+    def __exit__(self, *details: Any) -> None:
+        if self._disabled is not None:
+            self._disabled.__exit__(*details)
+
+
+def wait_for(answers: Iterable[Answer]) -> None:
+    for answer in answers:
+        answer.wait()

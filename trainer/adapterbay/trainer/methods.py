@@ -1,0 +1,105 @@
+"""LoRA onto a loaded base: which modules the settings mean, checked before PEFT is asked.
+
+Issue "The trainer, whole" adds other methods beside `lora`; each is a function from model and settings to a PEFT model.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from adapterbay.registry.errors import InvalidArgument
+from adapterbay.trainer.config import LoraSettings
+
+_LAYER_INDEX = re.compile(r"(?:^|.*?\.)(\d+)\.")
+
+
+def lora(model: Any, settings: LoraSettings, peft_task_type: str) -> Any:
+    """`model` with fresh LoRA weights as a `peft.PeftModel`; only they, and a new head, are trainable.
+
+    Raises InvalidArgument if a name in `target_modules`, `layers`, `rank_pattern` or `alpha_pattern` matches nothing.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    linear = linear_modules(model)
+    targets = _targets(linear, settings)
+    _check_layers(linear, targets, settings)
+    adapted = [name for name in linear if _is_one_of(name, targets)]
+    _check_patterns(adapted, settings)
+    config = LoraConfig(
+        task_type=peft_task_type,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        layers_to_transform=settings.layers,
+        use_rslora=settings.use_rslora,
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
+        fan_in_fan_out=any(not isinstance(linear[name], nn.Linear) for name in adapted),  # GPT-2's Conv1D
+        bias="none",
+    )
+    return get_peft_model(model, config)
+
+
+def linear_modules(model: Any) -> dict[str, nn.Module]:
+    """Every linear layer that can be adapted, by its full name: not the output embedding, not a new head."""
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+    from transformers.pytorch_utils import Conv1D
+
+    heads = [model.get_output_embeddings(), *(getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES)]
+    excluded = {id(part) for head in heads if head is not None for part in head.modules()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) not in excluded
+    }
+
+
+def _targets(linear: dict[str, nn.Module], settings: LoraSettings) -> list[str]:
+    """Name endings, sorted, so that equal settings write equal files. `all-linear` as the shortest list of them."""
+    endings = sorted({name.rpartition(".")[2] for name in linear})
+    if settings.target_modules == "all-linear":
+        return endings
+    unknown = [name for name in settings.target_modules if not any(_is_one_of(module, [name]) for module in linear)]
+    if unknown:
+        raise InvalidArgument(
+            f"lora.target_modules: {', '.join(unknown)} matches no linear module of this base; it has "
+            f"{', '.join(endings)}. Name some of them, or use all-linear.",
+            field="lora.target_modules",
+        )
+    return sorted(set(settings.target_modules))
+
+
+def _check_layers(linear: dict[str, nn.Module], targets: list[str], settings: LoraSettings) -> None:
+    if settings.layers is None:
+        return
+    indices = {int(match[1]) for name in linear if _is_one_of(name, targets) and (match := _LAYER_INDEX.match(name))}
+    if missing := sorted(set(settings.layers) - indices):
+        there = f"0 to {max(indices)}" if indices else "none"
+        raise InvalidArgument(
+            f"lora.layers: {', '.join(map(str, missing))} is no layer of this base; it has {there}.",
+            field="lora.layers",
+        )
+
+
+def _check_patterns(adapted: list[str], settings: LoraSettings) -> None:
+    for field, pattern in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
+        for key in pattern:
+            try:
+                # as peft.utils.get_pattern_key matches
+                expression = re.compile(rf"(.*\.)?({key})$")
+            except re.error as error:
+                raise InvalidArgument(f"lora.{field}: '{key}' is no pattern: {error}", field=f"lora.{field}") from None
+            if not any(expression.match(name) for name in adapted):
+                endings = ", ".join(sorted({name.rpartition(".")[2] for name in adapted}))
+                raise InvalidArgument(
+                    f"lora.{field}: '{key}' matches no adapted module; adapted are {endings}.", field=f"lora.{field}"
+                )
+
+
+def _is_one_of(name: str, endings: list[str]) -> bool:
+    """PEFT's rule for a list of target modules: the whole name, or its end after a dot."""
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
