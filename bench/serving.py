@@ -98,7 +98,7 @@ def run_ours(work: Path, rounds: int, quantize: str, dtype: str) -> Iterator[Mea
     from adapterbay.server.requests import ArmSpec, Delta, GenerateTask, Part, Request, SamplingSpec
 
     registry = Registry.open(work / "registry")
-    engine = Engine.create(ServerConfig(registry=str(registry.location), quantize=quantize, dtype=dtype))
+    engine = Engine.create(ServerConfig(registry=str(registry.root), quantize=quantize, dtype=dtype))
     engine.start()
 
     def arm(name: str | None, weight: float = 1.0, second: str | None = None) -> ArmSpec:

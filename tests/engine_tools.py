@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -87,7 +87,7 @@ class Harness(AbstractContextManager["Harness"]):
     def __init__(self, base: Path | str, registry: Registry | Path, **settings: Any) -> None:
         self.registry = registry if isinstance(registry, Registry) else Registry.open(registry)
         settings = {"dtype": "float32", "quantize": "none", "device": "cpu", "kv_bytes": 64 << 20} | settings
-        config = ServerConfig(base=str(base), registry=str(self.registry.location), **settings)
+        config = ServerConfig(base=str(base), registry=str(self.registry.root), **settings)
         self.engine = Engine.create(config)
         self.logits: dict[int, list[Tensor]] = defaultdict(list)
         self.step_sizes: list[int] = []
@@ -183,55 +183,46 @@ def reference_greedy(model: Any, prompt: Sequence[int], most: int) -> tuple[int,
 
 
 class References:
-    """Plain PEFT over one base: each arm alone, through `set_adapter`; fusions by PEFT's own exact `cat`."""
+    """Plain PEFT over one base: each arm alone, through `set_adapter`; fusions by PEFT's own exact `cat`.
 
-    def __init__(self, model: Any, folders: Mapping[str, Path]) -> None:
-        self._base = model
-        self._folders = dict(folders)
-        self._peft: PeftModel | None = None
-        self._made: set[str] = set()
+    All arms are made before the first forward: bitsandbytes repacks 4-bit weights at the first forward on a CPU, and
+    loading another adapter after that was seen to change the base's output (bitsandbytes 0.50.2, peft 0.21.2).
+    """
 
-    def of(self, selection: Selection) -> AbstractContextManager[Any]:
+    def __init__(self, model: Any, folders: Mapping[str, Path], selections: Iterable[Selection]) -> None:
+        wanted = list(selections)
+        names = sorted({name for selection in wanted for name in _names(selection)})
+        first = names[0] if names else next(iter(folders))
+        self._peft = PeftModel.from_pretrained(model, folders[first], adapter_name=first).eval()
+        for name in names[1:]:
+            self._peft.load_adapter(folders[name], adapter_name=name)
+        for selection in wanted:
+            fused = _fused_name(selection)
+            if isinstance(selection, Mapping) and fused not in self._peft.peft_config:
+                self._peft.add_weighted_adapter(
+                    list(selection), list(selection.values()), fused, combination_type="cat"
+                )
+        self._peft.eval()
+
+    @contextmanager
+    def of(self, selection: Selection) -> Iterator[Any]:
         """A context in which calling the model is the arm and nothing else."""
-        return _Alone(self, selection)
-
-    def activate(self, selection: Selection) -> Any:
-        if self._peft is None:
-            first = next(iter(self._folders))
-            self._peft = PeftModel.from_pretrained(self._base, self._folders[first], adapter_name=first).eval()
-            self._made.add(first)
-        names = [selection] if isinstance(selection, str) else list(selection or ())
-        for name in names:
-            if name not in self._made:
-                self._peft.load_adapter(self._folders[name], adapter_name=name)
-                self._made.add(name)
-        if isinstance(selection, str):
-            self._peft.set_adapter(selection)
-        elif selection is not None:
-            weights = [selection[name] for name in names]
-            fused = "fused_" + "_".join(f"{name}_{weight}".replace(".", "_") for name, weight in selection.items())
-            if fused not in self._made:
-                self._peft.add_weighted_adapter(names, weights, fused, combination_type="cat")
-                self._made.add(fused)
-            self._peft.set_adapter(fused)
-        return self._peft
+        if selection is None:
+            with self._peft.disable_adapter():
+                yield self._peft
+            return
+        self._peft.set_adapter(_fused_name(selection))
+        yield self._peft
 
 
-class _Alone(AbstractContextManager[Any]):
-    def __init__(self, references: References, selection: Selection) -> None:
-        self._references, self._selection = references, selection
-        self._disabled: Any = None
+def _names(selection: Selection) -> list[str]:
+    return [selection] if isinstance(selection, str) else list(selection or ())
 
-    def __enter__(self) -> Any:
-        model = self._references.activate(self._selection)
-        if self._selection is None:
-            self._disabled = model.disable_adapter()
-            self._disabled.__enter__()
-        return model.eval()
 
-    def __exit__(self, *details: Any) -> None:
-        if self._disabled is not None:
-            self._disabled.__exit__(*details)
+def _fused_name(selection: Selection) -> str:
+    if isinstance(selection, str) or selection is None:
+        return selection or ""
+    return "fused_" + "_".join(f"{name}_{weight}".replace(".", "_") for name, weight in selection.items())
 
 
 def wait_for(answers: Iterable[Answer]) -> None:

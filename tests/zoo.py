@@ -24,7 +24,7 @@ class Zoo:
     def add(self, name: str, folder: Path, **settings: Any) -> None:
         """Makes an adapter with PEFT and pushes it."""
         make_adapter(self.base, folder, **settings)
-        self.registry.push(folder, name, base=f"folder:{self.base}")
+        self.registry.push(folder, name, base=f"folder:{self.base}", labels=settings.get("labels"))
         self.folders[name] = folder
 
 

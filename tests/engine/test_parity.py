@@ -8,19 +8,24 @@ size about 10 they were measured below 2e-5.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from engine_tools import Answer, Harness, References, Selection, reference_greedy, reference_logits
+from safetensors.torch import load_file, save_file
 from tiny import CAUSAL, load_reference
 from zoo import Zoo
 
 ATOL = 1e-4
 
-FUSED: list[Selection] = [{"a1": 0.7, "a4": 0.3}, {"a0": 1.5, "a6": -0.5}, {"a2": 0.5, "a3": 0.25, "a5": 0.25}]
+# PEFT's `cat` keeps the first adapter's use_rslora, which makes the sum's scaling √r instead of 1 (peft 0.21.2), so no
+# rank-stabilized adapter (a2, a5) stands first.
+FUSED: list[Selection] = [{"a1": 0.7, "a4": 0.3}, {"a0": 1.5, "a6": -0.5}, {"a3": 0.25, "a2": 0.5, "a5": 0.25}]
 ALL: list[Selection] = [*(f"a{i}" for i in range(8)), *FUSED, None]
 
 POPULARITY: dict[str, list[Selection]] = {
@@ -65,7 +70,7 @@ def test_mixed_rows_equal_peft_alone(architecture: str, popularity: str, zoos: d
             answer.wait()
         assert max(harness.step_sizes) >= 5, "the rows were not batched"
         harness.idle()
-        references = References(load_reference(zoo.base), zoo.folders)
+        references = References(load_reference(zoo.base), zoo.folders, selections)
         for answer, selection, text, count in zip(answers, selections, texts, most, strict=True):
             with references.of(selection) as model:
                 check(answer, harness, model, text, count)
@@ -87,12 +92,14 @@ def test_different_adapters_answer_differently(architecture: str, zoos: dict[str
 
 
 @pytest.mark.parametrize("architecture", [*CAUSAL, "bert"])
-def test_labels_and_embeddings_equal_peft_alone_beside_generation(architecture: str, zoos: dict[str, Zoo]) -> None:
+def test_labels_and_embeddings_equal_peft_alone_beside_generation(
+    architecture: str, zoos: dict[str, Zoo], tmp_path: Path
+) -> None:
     """Heads of two sizes, a fusion of two heads, embeddings and (on causal bases) generation in one batch."""
     zoo = zoos[architecture]
     texts = prompts(9, seed=3, longest=60)
     arms: list[Selection] = ["c0", "c1", "c2"]
-    fusion: Selection = {"c0": 0.75, "c1": 0.25}
+    fusion = {"c0": 0.75, "c1": 0.25}
     causal = architecture in CAUSAL
     with Harness(zoo.base, zoo.registry, step_tokens=64, max_rows=32) as harness:
         generated = [harness.generate(arm, text, 8) for arm, text in zip(ALL, texts, strict=False)] if causal else []
@@ -108,7 +115,7 @@ def test_labels_and_embeddings_equal_peft_alone_beside_generation(architecture: 
     heads = {}
     for arm in arms:
         labels = 3 if arm == "c2" else 2
-        references = References(load_reference(zoo.base, "SEQ_CLS", num_labels=labels), {arm: zoo.folders[arm]})
+        references = References(load_reference(zoo.base, "SEQ_CLS", num_labels=labels), zoo.folders, [arm])
         with references.of(arm) as model:
             heads[arm] = model
             for selection, text, answer in labelled:
@@ -120,30 +127,47 @@ def test_labels_and_embeddings_equal_peft_alone_beside_generation(architecture: 
                     assert result.labels == (("bad", "so-so", "good") if labels == 3 else ("no", "yes"))
                     assert sum(result.probabilities) == pytest.approx(1.0)
 
-    references = References(
-        load_reference(zoo.base, "SEQ_CLS", num_labels=2), {name: zoo.folders[name] for name in ("c0", "c1")}
-    )
-    with references.of({"c0": 0.75, "c1": 0.25}) as model:
-        head = "classifier" if architecture == "bert" else "score"
-        wrapped = getattr(model.base_model.model, head)
-        blended_weight = sum(w * wrapped.modules_to_save[n].weight for n, w in (("c0", 0.75), ("c1", 0.25)))
-        bias = [wrapped.modules_to_save[n].bias for n in ("c0", "c1")]
+    # PEFT refuses to fuse adapters that bring modules, so the reference fuses the deltas and averages the heads itself.
+    bare = {name: without_head(zoo.folders[name], tmp_path / name) for name in fusion}
+    references = References(load_reference(zoo.base, "SEQ_CLS", num_labels=2), bare, [fusion])
+    heads_of = [head_of(zoo.folders[name]) for name in fusion]
+    with references.of(fusion) as model:
+        wrapped = model.base_model.model.classifier if architecture == "bert" else model.base_model.model.score
         for text, answer in blended:
             with torch.no_grad():
-                states = _head_input(model, wrapped, text, architecture)
-                expected = states @ blended_weight.T
-                if bias[0] is not None:
-                    expected = expected + 0.75 * bias[0] + 0.25 * bias[1]
+                state = _head_input(model, wrapped, text, architecture)
+            expected = sum(
+                w * (state @ weight.T + bias) for w, (weight, bias) in zip((0.75, 0.25), heads_of, strict=True)
+            )
             torch.testing.assert_close(torch.tensor(answer.classified().logits), expected, rtol=0, atol=ATOL)
 
     references = References(
         load_reference(zoo.base, "FEATURE_EXTRACTION" if not causal else "CAUSAL_LM"),
-        {name: zoo.folders[name] for name in ("a1", "a6")},
+        zoo.folders,
+        ["a1", "a6"],
     )
     for selection, text, answer in embedded:
         with references.of(selection) as model, torch.no_grad():
             out = model(input_ids=torch.tensor([text]), output_hidden_states=True).hidden_states[-1][0].mean(0)
         torch.testing.assert_close(torch.tensor(answer.wait().values), out, rtol=0, atol=ATOL)
+
+
+def without_head(folder: Path, copy: Path) -> Path:
+    """The adapter's deltas alone, as PEFT loads them."""
+    copy.mkdir()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"modules_to_save": None, "task_type": None}
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if ".lora_" in k}, copy / "adapter_model.safetensors")
+    return copy
+
+
+def head_of(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The head's weight and bias (zeros where it has none)."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {k.rpartition(".")[2]: v for k, v in tensors.items() if ".lora_" not in k}
+    return found["weight"], found.get("bias", torch.zeros(found["weight"].shape[0]))
 
 
 def _head_input(model: object, wrapped: torch.nn.Module, text: Sequence[int], architecture: str) -> torch.Tensor:
@@ -161,8 +185,10 @@ def _head_input(model: object, wrapped: torch.nn.Module, text: Sequence[int], ar
 def test_over_the_same_nf4_base(architecture: str, zoos: dict[str, Zoo]) -> None:
     """PEFT over transformers' own bitsandbytes base against ours, computing in float32.
 
-    Tolerance 1e-3 in logits: the quantized weights are bit-equal, but bitsandbytes' 4-bit product on a CPU picks
-    another kernel by batch size (a packed one for few rows), with rounding of its own.
+    Tolerance 0.05 in logits (of size up to 5): the quantized weights are bit-equal, but on a CPU with AVX512-BF16
+    bitsandbytes' 4-bit product rounds activations and results to bfloat16 whatever the compute dtype, so that a last
+    bit that differs upstream can become one bfloat16 step (2^-8 of a value) downstream. Measured: up to 0.012. The
+    adapters' own effects are above 1.
     """
     zoo = zoos[architecture]
     texts = prompts(len(ALL), seed=7, longest=40)
@@ -174,9 +200,9 @@ def test_over_the_same_nf4_base(architecture: str, zoos: dict[str, Zoo]) -> None
         from adapterbay.base.load import quantization_config
 
         model = load_reference(zoo.base, quantization_config=quantization_config("nf4", torch.float32))
-        references = References(model, zoo.folders)
+        references = References(model, zoo.folders, ALL)
         for answer, selection, text in zip(answers, ALL, texts, strict=True):
             with references.of(selection) as alone:
                 expected = reference_logits(alone, text, answer.generated().token_ids)
             got = torch.stack(harness.logits[answer.request.id])  # type: ignore[union-attr]
-            torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0.05)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from adapterbay.base.text import encode_conversation, encode_text, load_tokenizer
 from adapterbay.registry.errors import InvalidArgument
 from adapterbay.trainer.batches import IGNORED, PadRight, padding_id_for_classes
@@ -13,7 +14,7 @@ from adapterbay.trainer.data import CleaningReport, Conversation, PromptCompleti
 from adapterbay.trainer.tasks.causal_lm import CausalLanguageModelling
 from adapterbay.trainer.tasks.completion import encode_messages, encode_pair
 
-from .conftest import CHAT_TEMPLATE, byte_tokenizer
+from .tiny_bases import CHAT_TEMPLATE, byte_tokenizer
 
 
 def learned_text(tokenizer: object, learned: object) -> str:
@@ -22,13 +23,17 @@ def learned_text(tokenizer: object, learned: object) -> str:
     return text
 
 
-@pytest.mark.parametrize("completion", ["a warm film .", "\nstarts with a break", "ends with a break\n", "<|im_end|> inside"])
+@pytest.mark.parametrize(
+    "completion", ["a warm film .", "\nstarts with a break", "ends with a break\n", "<|im_end|> inside"]
+)
 def test_pair_with_chat_template(chat_base: Path, completion: str) -> None:
     tokenizer = load_tokenizer(chat_base)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     end = frozenset({tokenizer.eos_token_id})
     learned = encode_pair(tokenizer, PromptCompletion("Write a review.", completion), end)
-    prompt = encode_conversation(tokenizer, [{"role": "user", "content": "Write a review."}], add_generation_prompt=True)
+    prompt = encode_conversation(
+        tokenizer, [{"role": "user", "content": "Write a review."}], add_generation_prompt=True
+    )
     assert learned.input_ids[: len(prompt)] == prompt
     assert learned.labels[: len(prompt)] == [IGNORED] * len(prompt)
     assert learned.labels[len(prompt) :] == learned.input_ids[len(prompt) :]

@@ -10,12 +10,13 @@ from typing import Any
 import datasets
 import pandas as pd
 import pytest
+
 from adapterbay.registry.errors import InvalidArgument, NotFound
 from adapterbay.trainer import parse_config
 from adapterbay.trainer.data import Conversation, Labelled, PromptCompletion, TrainingData, prepare, sources
 from adapterbay.trainer.data.prepare import digest
 
-from .conftest import reviews, write_csv, write_jsonl
+from .tiny_bases import reviews, write_csv, write_jsonl
 
 ROWS = [{"text": text, "label": label} for text, label in reviews(20)]
 
@@ -142,7 +143,9 @@ def test_label_order_and_names(tmp_path: Path) -> None:
 
 
 def test_templates_make_pairs_of_labelled_rows(tmp_path: Path) -> None:
-    source = write_csv(tmp_path / "r.csv", ["Review", "stars", "year"], [["good<br>film", "1", "1999"], ["bad", "0", "2001"]])
+    source = write_csv(
+        tmp_path / "r.csv", ["Review", "stars", "year"], [["good<br>film", "1", "1999"], ["bad", "0", "2001"]]
+    )
     data = prepared(
         source,
         "causal-lm",
@@ -190,10 +193,10 @@ def test_bad_sources_are_named(tmp_path: Path, review_csv: Path) -> None:
     with pytest.raises(InvalidArgument, match="holds no rows"):
         prepared(write_csv(tmp_path / "h.csv", ["text", "label"], []))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{oops\n')
-    with pytest.raises(InvalidArgument, match="line 2 of .* is not JSON"):
+    with pytest.raises(InvalidArgument, match=r"line 2 of .* is not JSON"):
         prepared(tmp_path / "bad.jsonl")
     (tmp_path / "list.jsonl").write_text("[1]\n")
-    with pytest.raises(InvalidArgument, match="row 1 of .* is a list, not an object"):
+    with pytest.raises(InvalidArgument, match=r"row 1 of .* is a list, not an object"):
         prepared(tmp_path / "list.jsonl")
     (tmp_path / "latin.csv").write_bytes(b"text,label\ncaf\xe9,1\n")
     with pytest.raises(InvalidArgument, match="cannot be read: 'utf-8' codec"):

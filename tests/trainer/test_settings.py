@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
+
 from adapterbay.registry.errors import InvalidArgument, NotFound
 from adapterbay.trainer import TrainingConfig, load_config, parse_config, parse_flags
-from pydantic import ValidationError
 
 MINIMAL = {"task": "sequence-classification", "output": "out", "data": {"source": "rows.csv"}}
 

@@ -14,8 +14,9 @@ from typing import Annotated
 import typer
 
 from adapterbay.cli import options
-from adapterbay.cli.console import asking, to_json
+from adapterbay.cli.console import asking
 from adapterbay.client import Client, ComparisonAnswer, Selection
+from adapterbay.registry.console import write_json
 from adapterbay.registry.errors import InvalidArgument
 
 
@@ -72,7 +73,7 @@ def compare(
         with contextlib.closing(stream) as answers:
             if as_json:
                 for answer in answers:
-                    typer.echo(to_json({"arm": arms[answer.arm_index], **dataclasses.asdict(answer)}))
+                    write_json({"arm": arms[answer.arm_index], **dataclasses.asdict(answer)})
             else:
                 _show(arms, texts, list(answers))
 

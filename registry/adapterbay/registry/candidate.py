@@ -13,8 +13,8 @@ from adapterbay.registry.blobs import Staged
 from adapterbay.registry.digest import is_digest, parse_json_object
 from adapterbay.registry.errors import (
     BaseMismatch,
+    BaseNotFound,
     InvalidArgument,
-    NotFound,
     Rejected,
     TaskMismatch,
     UnsupportedMethod,
@@ -53,7 +53,7 @@ def examine(
 ) -> Candidate:
     """Runs admission on the staged copies and describes them as a manifest.
 
-    Raises Rejected, UnsupportedMethod, NoEffect, BaseMismatch, TaskMismatch, NotFound (the base) or InvalidArgument.
+    Raises Rejected, UnsupportedMethod, NoEffect, BaseMismatch, TaskMismatch, BaseNotFound or InvalidArgument.
     """
     limits = limits or Limits()
     config = _document(staged, CONFIG_FILE, limits)
@@ -104,10 +104,10 @@ def _base(config: Mapping[str, Any], training: Mapping[str, Any] | None, wishes:
         raise InvalidArgument("The folder does not say which base it is for: pass --base.", field="base")
     try:
         base = locate(reference)
-    except (NotFound, InvalidArgument) as error:
+    except (BaseNotFound, InvalidArgument) as error:
         if wishes.base is not None:
             raise
-        raise NotFound(
+        raise BaseNotFound(
             f"The base {reference} ({origin}) was not found: {error.message} Pass --base to say where it is."
         ) from error
     fingerprint = recorded.get("fingerprint")
@@ -175,7 +175,7 @@ def _labels(
     labels, origin = _find_labels(folder, training, wishes, head)
     if len(labels) != head.labels:
         raise Rejected(
-            f"The head has {head.labels} rows, but there are {len(labels)} labels ({origin}): pass --label once per row.",
+            f"The head has {head.labels} rows, but there are {len(labels)} labels ({origin}): pass --label for each.",
             reason="SHAPE_MISMATCH",
         )
     if len(set(labels)) != len(labels) or not all(label.strip() for label in labels):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +132,23 @@ def _manifest(path: Path, entry: VersionFile) -> Manifest:
         raise Corrupted(f"The manifest of {entry.name}@{entry.version} is not valid: {error.message}") from error
 
 
-def _in_order(records: Records) -> Iterable[VersionFile | AliasLine]:
-    """Everything on disk by sequence. Of two with the same number, the older one was never committed."""
+def _in_order(records: Records) -> list[VersionFile | AliasLine]:
+    """Everything on disk by sequence. Of two with one sequence the older, and its aliases, were never committed."""
     by_sequence: dict[int, VersionFile | AliasLine] = {}
+    left_over: set[tuple[str, int]] = set()
     entries: list[VersionFile | AliasLine] = [records.read_version(path) for path in records.versions()]
     for path in records.alias_files():
         entries.extend(records.read_aliases(records.name_of(path)))
-    for entry in entries:
-        other = by_sequence.get(entry.sequence)
-        if other is None or _time(entry) > _time(other):
-            by_sequence[entry.sequence] = entry
-    return [by_sequence[sequence] for sequence in sorted(by_sequence)]
+    for entry in sorted(entries, key=_time):
+        older = by_sequence.get(entry.sequence)
+        if isinstance(older, VersionFile):
+            left_over.add((older.name, older.version))
+        by_sequence[entry.sequence] = entry
+    return [
+        entry
+        for _, entry in sorted(by_sequence.items())
+        if isinstance(entry, VersionFile) or (entry.name, entry.version) not in left_over
+    ]
 
 
 def _time(entry: VersionFile | AliasLine) -> str:

@@ -56,7 +56,10 @@ class Writer:
         written = _Written()
         try:
             with durable.storage_errors(self._root), self._index.write() as db:
-                placed = self._blobs.place(_note(files, written, db))
+                # Noted before anything moves, so that a half-done placement is taken back too. A blob that was there
+                # already is not this push's to remove, even if no version refers to it.
+                written.placed = [staged.digest for staged in files if not staged.stored]
+                placed = self._blobs.place(files)
                 version = queries.next_version(db, name)
                 same_as = queries.version_by_digest(db, name, manifest.digest)
                 at = now()
@@ -73,7 +76,7 @@ class Writer:
             raise
         return Committed(version, same_as, sum(staged.size for staged in placed))
 
-    def set_alias(self, name: str, alias: str, version: int, expected: int | None | AnyVersion) -> AliasMove:
+    def set_alias(self, name: str, alias: str, version: int, expected: int | AnyVersion | None) -> AliasMove:
         """Compare-and-swap; see `Registry.set_alias`."""
         written = _Written()
         try:
@@ -90,7 +93,7 @@ class Writer:
             raise
         return AliasMove(alias, current, version)
 
-    def remove_alias(self, name: str, alias: str, expected: int | None | AnyVersion) -> AliasMove:
+    def remove_alias(self, name: str, alias: str, expected: int | AnyVersion | None) -> AliasMove:
         """Compare-and-swap; see `Registry.remove_alias`."""
         written = _Written()
         try:
@@ -137,14 +140,6 @@ class Writer:
         except (OSError, AdapterbayError) as error:
             # The leftovers are no part of the registry; the error that led here is the one to report.
             cause.add_note(f"What was written before could not be removed: {error}")
-
-
-def _note(files: Sequence[Staged], written: _Written, db: sqlite3.Connection) -> Sequence[Staged]:
-    # Noted before anything moves, so that a half-done placement is taken back too; a blob that was there before the
-    push # and that no version refers to (an orphan) is not this push's to remove. written.placed = [
-        staged.digest for staged in files if not staged.stored and queries.unreferenced(db, [staged.digest])
-    ]
-    return files
 
 
 def _check_expected(name: str, alias: str, expected: Any, current: int | None) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from adapterbay.registry.digest import digest_file, is_digest
-from adapterbay.registry.errors import Corrupted, MissingExtra, NotFound, Rejected, StorageFull
+from adapterbay.registry.errors import BaseNotFound, Corrupted, MissingExtra, Rejected, StorageFull
 from adapterbay.registry.filecache import remembered
 from adapterbay.registry.paths import cache_folder
 
@@ -42,10 +42,10 @@ def gguf_digest(gguf: Path) -> str:
 def converted(gguf: Path) -> Path:
     """The folder that `gguf` converts to; the first time takes as long as the conversion.
 
-    Raises NotFound for a missing file, Rejected (BAD_GGUF) for another kind of file, MissingExtra without torch.
+    Raises BaseNotFound for a missing file, Rejected (BAD_GGUF) for another kind of file, MissingExtra without torch.
     """
     if not gguf.is_file():
-        raise NotFound(f"There is no GGUF file at {gguf}: check the path of the base.")
+        raise BaseNotFound(f"There is no GGUF file at {gguf}: check the path of the base.")
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise Rejected(f"{gguf} is not a GGUF file: it does not begin with 'GGUF'.", reason="BAD_GGUF")

@@ -3,7 +3,9 @@
     AdapterbayError
     ├── InvalidArgument        the request or the settings are wrong; `field` names where
     │   └── InvalidReference   a name, reference or base reference that does not follow the grammar
-    ├── NotFound               no such adapter, version, alias, base or file; `near` holds likely meanings
+    ├── NotFound               no such adapter, version, alias or file; `near` holds likely meanings
+    │   ├── BaseNotFound       no such base model, or not in a form that can be read
+    │   └── RegistryNotFound   no registry where one was looked for
     ├── Rejected               admission refused an adapter's files; `reason` is a stable word
     ├── BaseMismatch           the adapter belongs to another base; both fingerprints are given
     ├── UnsupportedMethod      a PEFT method, or a setting of one, that is not served
@@ -69,6 +71,20 @@ class NotFound(AdapterbayError):
             message = f"{message} Did you mean {', '.join(near)}?"
         super().__init__(message, reason=reason, metadata={"near": ", ".join(near)} if near else None)
         self.near = tuple(near)
+
+
+class BaseNotFound(NotFound):
+    """No such base model, or not in a form that can be read."""
+
+    default_reason = "BASE_NOT_FOUND"
+    exit_code = 2
+
+
+class RegistryNotFound(NotFound):
+    """No registry where one was looked for."""
+
+    default_reason = "REGISTRY_NOT_FOUND"
+    exit_code = 2
 
 
 class Rejected(AdapterbayError):

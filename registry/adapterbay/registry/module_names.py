@@ -68,7 +68,7 @@ EMBEDDING_AND_OUTPUT: Final = frozenset(
 
 
 def backbone_path(module: str, base_shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The name that the checkpoint gives to `module`: `<answer>.weight` is in `base_shapes`. None if it has no such module.
+    """The name that the checkpoint gives to `module`: `<answer>.weight` is in `base_shapes`. None: it has none.
 
     A leading prefix is taken away only if the checkpoint is that of a bare backbone (no tensor of it begins with the
     prefix), and one is added only if the checkpoint has it.

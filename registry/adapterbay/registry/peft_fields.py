@@ -133,8 +133,8 @@ def _check_initialisation(value: Any) -> None:
     if value is None or isinstance(value, bool) or value in INITIALISATIONS_THAT_KEEP_THE_BASE:
         return
     raise UnsupportedMethod(
-        f"init_lora_weights={str(value)[:60]!r} is not served: it changes the base's own weights, so the tensors do not "
-        "fit the plain base. Save with save_pretrained(…, path_initial_model_for_weight_conversion=…), which converts "
-        "the adapter to plain LoRA.",
+        f"init_lora_weights={str(value)[:60]!r} is not served: it changes the base's own weights, so the tensors "
+        "do not fit the plain base. Save with save_pretrained(…, path_initial_model_for_weight_conversion=…), which "
+        "converts the adapter to plain LoRA.",
         metadata={"peft_type": "LORA", "field": "init_lora_weights"},
     )

@@ -110,7 +110,19 @@ def events(db: sqlite3.Connection, after: int, limit: int) -> list[RegistryEvent
         "WHERE sequence > ? ORDER BY sequence LIMIT ?",
         (after, limit),
     )
-    return [RegistryEvent(*row[:7], datetime.fromisoformat(row[7])) for row in rows]
+    return [
+        RegistryEvent(
+            sequence=row[0],
+            kind=row[1],
+            name=row[2],
+            version=row[3],
+            digest=row[4],
+            alias=row[5],
+            previous_version=row[6],
+            at=datetime.fromisoformat(row[7]),
+        )
+        for row in rows
+    ]
 
 
 def alias_moves(db: sqlite3.Connection, name: str) -> int:

@@ -24,7 +24,7 @@ from adapterbay.registry.candidate import Wishes, as_labels, examine
 from adapterbay.registry.checks import rebuild, verify
 from adapterbay.registry.commit import Writer, unknown_name, unknown_version
 from adapterbay.registry.digest import canonical_json, is_digest, parse_json_object
-from adapterbay.registry.errors import InvalidReference, NotFound, Rejected, Unavailable
+from adapterbay.registry.errors import InvalidReference, NotFound, RegistryNotFound, Rejected, Unavailable
 from adapterbay.registry.export import write_folder
 from adapterbay.registry.folder import read_folder
 from adapterbay.registry.index import Index
@@ -66,7 +66,7 @@ class Registry:
     def open(cls, location: str | Path | None = None, *, create: bool = True, limits: Limits | None = None) -> Registry:
         """Opens the registry at `location` (None: `default_registry()`), making it if it is not there.
 
-        Raises NotFound if it is not there and `create` is False, Unavailable if the folder is something else.
+        Raises RegistryNotFound if it is not there and `create` is False, Unavailable if the folder is something else.
         """
         root = (default_registry() if location is None else Path(location).expanduser()).absolute()
         registry = cls(root, limits)
@@ -78,7 +78,9 @@ class Registry:
         marker = self.root / MARKER_FILE
         if not marker.is_file():
             if not create:
-                raise NotFound(f"There is no registry at {self.root}: push something there first, or check --registry.")
+                raise RegistryNotFound(
+                    f"There is no registry at {self.root}: push something there first, or check --registry."
+                )
             if self.root.exists() and (not self.root.is_dir() or not self._is_new()):
                 raise Unavailable(f"{self.root} is not a registry and not empty: choose another place.")
             self._blobs.create()
@@ -245,7 +247,7 @@ class Registry:
     # Keeping
 
     def verify(self, name: str | None = None) -> VerifyReport:
-        """Reads every blob and compares records and index, of one adapter or all. Raises NotFound for an unknown name."""
+        """Reads every blob and compares records with the index, of one adapter or all. Raises NotFound."""
         if name is not None:
             self.versions(name)
         return verify(self._blobs, self._records, self._index, name)

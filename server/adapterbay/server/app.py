@@ -64,7 +64,7 @@ class Serving:
 async def serve(
     config: ServerConfig,
     *,
-    ready: Callable[[Serving], None] = lambda serving: None,
+    ready: Callable[[Serving], None] = lambda _: None,
     stop: asyncio.Event | None = None,
 ) -> None:
     """Serves until SIGTERM, SIGINT or `stop`, then drains for up to `config.drain_seconds`.
@@ -93,7 +93,7 @@ class Server:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._gate = Gate()
-        self._probes = health.aio.HealthServicer()
+        self._probes = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs leave asyncio out
         self._server = grpc.aio.server(interceptors=[CallInterceptor(self._gate)], options=OPTIONS)
         self._port = 0
 

@@ -128,7 +128,8 @@ class AdapterManager:
     def _load(self, digest: str) -> ServingForm:
         manifest = self.check_base(digest)
         snapshot = self.registry.open_snapshot(digest)
-        return build_form(manifest, snapshot.read("adapter_model.safetensors"), self._sites, self._model.dtype)
+        files = {entry.path: snapshot.read(entry.path) for entry in manifest.files}
+        return build_form(manifest, files, self._model.base.files, self._sites, self._model.dtype)
 
 
 class Engine:

@@ -78,7 +78,7 @@ def code_of(error: BaseException) -> grpc.StatusCode:
 
 def status_of(error: BaseException) -> status_pb2.Status:
     """An error as google.rpc.Status. Logs the traceback of an unexpected one."""
-    if not isinstance(error, tuple(CODES)):
+    if not isinstance(error, AdapterbayError) or not isinstance(error, tuple(CODES)):
         return _internal(error)
     code = code_of(error)
     message = _cut(error.message, MESSAGE_BYTES)

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Self
 
+from adapterbay.registry import RegistryEvent
 from adapterbay.registry.errors import AdapterbayError, QueueFull, Unavailable
-from adapterbay.registry.index import RegistryEvent
 from adapterbay.server.services.ports import AdaptersPort, EventPort
 
 POLL_SECONDS = 0.1
@@ -124,7 +124,7 @@ class AdapterFeed:
                 failing = True
                 continue
             for event in events:
-                self._seen = event.id
+                self._seen = event.sequence
                 self._publish(event)
 
     def _new_events(self) -> list[RegistryEvent]:

@@ -125,7 +125,7 @@ def loss_history(log: list[Mapping[str, float]]) -> list[dict[str, float]]:
     """`{step, loss, learning_rate}` for each step, and `{step, eval_loss}` for each evaluation, in order."""
     history = []
     for entry in log:
-        step = float(entry.get("step", 0))
+        step = int(entry.get("step", 0))
         if "loss" in entry:
             history.append({"step": step, "loss": entry["loss"], "learning_rate": entry.get("learning_rate", 0.0)})
         held_out = [entry[name] for name in ("eval_loss", f"{BASE_PREFIX}_loss") if name in entry]

@@ -55,22 +55,25 @@ def run(config: TrainingConfig, *, progress: ProgressListener | None = None) -> 
     Raises InvalidArgument or NotFound for what is wrong with settings, data or base, StorageFull when the disk fills,
     and Cancelled on a keyboard interrupt; in all these cases `config.output` is as it was.
     """
-    progress = progress or Silent()
+    try:
+        with quiet_transformers(), hardware.threads(config.threads):
+            return _run(config, progress or Silent())
+    except KeyboardInterrupt:
+        raise Cancelled(
+            f"Training was interrupted; nothing was written to {config.output}. Run it again to start over."
+        ) from None
+
+
+def _run(config: TrainingConfig, progress: ProgressListener) -> TrainingResult:
     began = time.monotonic()
     output.check(config.output, overwrite=config.overwrite)
-    with quiet_transformers(), hardware.threads(config.threads):
-        inputs = _inputs(config, progress)
-        precision = hardware.precision(config.precision)
-        with output.staged(config.output) as staging:
-            try:
-                model, metrics, history = _train(config, inputs, precision, staging, progress)
-            except KeyboardInterrupt:
-                raise Cancelled(
-                    f"Training was interrupted; nothing was written to {config.output}. Run it again to start over."
-                ) from None
-            progress.stage(f"writing {config.output}")
-            record = _record(config, inputs, model, metrics, history, precision, time.monotonic() - began)
-            _write(staging, model, record, inputs.base)
+    inputs = _inputs(config, progress)
+    precision = hardware.precision(config.precision)
+    with output.staged(config.output) as staging:
+        model, metrics, history = _train(config, inputs, precision, staging, progress)
+        progress.stage(f"writing {config.output}")
+        record = _record(config, inputs, model, metrics, history, precision, time.monotonic() - began)
+        _write(staging, model, record, inputs.base)
     return TrainingResult(config.output, metrics, record)
 
 

@@ -54,7 +54,7 @@ def require_head(arm: ArmSpec) -> None:
 
 
 async def text_limit(adapters: AdaptersPort, arm: ArmSpec, base_limit: int) -> int:
-    """Where `truncate` cuts texts to label: the shortest length that the arm's adapters were trained on, or the base's."""
+    """Where `truncate` cuts texts to label: the shortest length its adapters were trained on, or the base's."""
 
     def trained_lengths() -> list[int]:
         manifests = [adapters.registry.manifest(part.digest) for part in arm.parts]

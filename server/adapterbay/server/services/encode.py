@@ -49,9 +49,7 @@ class Encoder:
             ids = encode_text(self._tokenizer, text)
             cut = truncate and len(ids) > limit
             if cut:
-                ids = list(
-                    self._tokenizer(text, add_special_tokens=True, truncation=True, max_length=limit)["input_ids"]
-                )
+                ids = encode_text(self._tokenizer, text, max_length=limit)
         if not ids:
             raise InvalidArgument("The text has no tokens.", field=field)
         if len(ids) > self._max_length:

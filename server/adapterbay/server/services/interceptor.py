@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import enum
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -22,6 +22,8 @@ _WITHOUT_END = frozenset({"/adapterbay.v1.AdapterService/WatchAdapters"})
 _logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
+UnaryBehavior = Callable[[Any, Context], Awaitable[Any]]
+StreamBehavior = Callable[[Any, Context], AsyncGenerator[Any, None]]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]]
 
 
@@ -64,11 +66,11 @@ class Gate:
             await asyncio.sleep(0.01)
 
 
-async def _never(request: Any, context: Context) -> Any:
+async def _never(_request: Any, _context: Context) -> Any:
     raise AssertionError("the gate admits nothing outside the serving phase")
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Wraps the handlers of our services; health and reflection pass untouched."""
 
     def __init__(self, gate: Gate) -> None:
@@ -94,22 +96,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
             "response_serializer": handler.response_serializer,
         }
         if handler.response_streaming:
-            stream = self._stream(handler.unary_stream, method)
+            stream = self._stream(cast(StreamBehavior, handler.unary_stream), method)
             return grpc.unary_stream_rpc_method_handler(stream, **serializers)
-        return grpc.unary_unary_rpc_method_handler(self._unary(handler.unary_unary, method), **serializers)
+        unary = self._unary(cast(UnaryBehavior, handler.unary_unary), method)
+        return grpc.unary_unary_rpc_method_handler(unary, **serializers)
 
-    def _unary(self, behavior: Callable[[Any, Context], Awaitable[Any]], method: str) -> Callable[..., Any]:
+    def _unary(self, behavior: UnaryBehavior, method: str) -> Callable[..., Any]:
         async def answer(request: Any, context: Context) -> Any:
             async with self._around(method, context):
                 return await behavior(request, context)
 
         return answer
 
-    def _stream(self, behavior: Callable[[Any, Context], AsyncIterator[Any]], method: str) -> Callable[..., Any]:
+    def _stream(self, behavior: StreamBehavior, method: str) -> Callable[..., Any]:
         # Written with context.write and not as a generator: gRPC would cancel a generator only at its yield, and
         # leave its rows to the garbage collector.
         async def answer(request: Any, context: Context) -> None:
-            async with self._around(method, context), contextlib.aclosing(behavior(request, context)) as responses:  # type: ignore[type-var]
+            async with self._around(method, context), contextlib.aclosing(behavior(request, context)) as responses:
                 async for response in responses:
                     await context.write(response)
 

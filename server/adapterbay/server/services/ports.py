@@ -8,8 +8,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from adapterbay.base.text import Tokenizer
-from adapterbay.registry import Registry
-from adapterbay.registry.index import Resolved
+from adapterbay.registry import Registry, Resolved
 from adapterbay.server.requests import Request
 
 

@@ -51,7 +51,7 @@ def read_selection(message: SelectingMessage, prefix: str = "") -> tuple[Choice,
             raise InvalidArgument("`base` must be true when it is set; name an adapter instead.", field=f"{prefix}base")
         return ()
     if which == "adapter":
-        return (_choice(message.adapter, 1.0, f"{prefix}adapter"),)
+        return (read_reference(message.adapter, f"{prefix}adapter"),)
     return _read_fusion(message.fusion, f"{prefix}fusion.adapters")
 
 
@@ -60,7 +60,7 @@ def _read_fusion(fusion: types_pb2.Fusion, path: str) -> tuple[Choice, ...]:
         raise InvalidArgument("A fusion needs at least one adapter.", field=path)
     choices: list[Choice] = []
     for index, entry in enumerate(fusion.adapters):
-        choice = _choice(entry.adapter, entry.weight, f"{path}[{index}].adapter")
+        choice = read_reference(entry.adapter, f"{path}[{index}].adapter", entry.weight)
         if not math.isfinite(entry.weight) or entry.weight == 0:
             raise InvalidArgument(
                 f"The weight of {entry.adapter!r} is {entry.weight:g}; it must be finite and not zero.",
@@ -72,7 +72,8 @@ def _read_fusion(fusion: types_pb2.Fusion, path: str) -> tuple[Choice, ...]:
     return tuple(choices)
 
 
-def _choice(reference: str, weight: float, field: str) -> Choice:
+def read_reference(reference: str, field: str, weight: float = 1.0) -> Choice:
+    """A reference that is there; its grammar is the registry's business."""
     if not reference:
         raise InvalidArgument("The adapter reference is empty.", field=field)
     return Choice(reference, weight, field)
@@ -98,7 +99,7 @@ def read_sampling(
     if sampling.HasField("top_k") and sampling.top_k < 1:
         raise refuse("top_k", f"is {sampling.top_k}; it must be at least 1.")
     for name in ("top_p", "top_k"):
-        if temperature == 0 and sampling.HasField(name):  # type: ignore[arg-type]  # both are literals it knows
+        if temperature == 0 and sampling.HasField(name):
             raise refuse(name, "contradicts temperature 0, which is greedy; set a temperature or leave it out.")
     if len(sampling.stop) > MAX_STOPS:
         raise refuse("stop", f"has {len(sampling.stop)} strings; at most {MAX_STOPS} are taken.")
@@ -159,7 +160,7 @@ def require_prompt(prompt: str, field: str) -> None:
         raise InvalidArgument("The prompt is empty.", field=field)
 
 
-def read_pooling(pooling: inference_pb2.Pooling) -> Pooling:
+def read_pooling(pooling: inference_pb2.Pooling.ValueType) -> Pooling:
     """How to pool; unspecified is the mean."""
     if pooling not in POOLINGS:
         raise InvalidArgument(f"Pooling number {pooling} is not known.", field="pooling")

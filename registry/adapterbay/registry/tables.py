@@ -1,0 +1,92 @@
+"""The registry's answers for people."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+from adapterbay.registry.manifest import Manifest
+from adapterbay.registry.views import AdapterSummary, PushReceipt, VerifyReport, VersionRecord
+
+WIDTH_WITHOUT_TERMINAL: Final = 200
+
+
+def write(lines: Iterable[str]) -> None:
+    """Lines on standard output, as they are."""
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    sys.stdout.flush()
+
+
+def write_table(table: Table) -> None:
+    """A table on standard output: as wide as the terminal, or wide enough for scripts."""
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL).print(table)
+
+
+def adapter_table(adapters: Iterable[AdapterSummary]) -> Table:
+    """One row per adapter."""
+    table = Table("Name", "Version", "Aliases", "Task", "Method", "Size", "Pushed (UTC)")
+    for adapter in adapters:
+        table.add_row(
+            adapter.name,
+            str(adapter.version),
+            ", ".join(f"{alias} → {version}" for alias, version in adapter.alias_versions.items()),
+            adapter.task,
+            f"{adapter.peft_type} {adapter.rank}",
+            size(adapter.size_bytes),
+            adapter.created_at.strftime("%Y-%m-%d %H:%M"),
+        )
+    return table
+
+
+def push_lines(receipt: PushReceipt) -> list[str]:
+    """What was found and what was stored."""
+    lines = [f"found: {finding}" for finding in receipt.findings]
+    stored = f"{size(receipt.new_bytes)} new"
+    if receipt.same_as is not None:
+        stored += f", same content as version {receipt.same_as}"
+    lines.append(f"pushed {receipt.name}@{receipt.version} {receipt.digest} ({stored})")
+    lines += [f"alias {receipt.name}@{alias} → {receipt.version}" for alias in receipt.aliases]
+    return lines
+
+
+def version_lines(version: VersionRecord, manifest: Manifest) -> list[str]:
+    """A version and its manifest."""
+    facts = {
+        "version": f"{version.name}@{version.version}",
+        "digest": version.digest,
+        "aliases": ", ".join(version.aliases) or "none",
+        "pushed": version.created_at.isoformat(timespec="seconds"),
+        "task": version.task,
+        "method": f"{version.peft_type}, rank {version.rank}",
+        "labels": ", ".join(version.labels) or "none",
+        "base": version.base_reference,
+        "base fingerprint": version.base_fingerprint,
+        "libraries": ", ".join(f"{name} {number}" for name, number in manifest.library_versions.items()) or "unknown",
+    }
+    metrics = (manifest.training or {}).get("metrics")
+    if isinstance(metrics, dict):
+        facts["metrics"] = ", ".join(f"{name}={value}" for name, value in metrics.items())
+    lines = [f"{name + ':':<18}{value}" for name, value in facts.items()]
+    return lines + [f"{'file:':<18}{entry.path}  {size(entry.size)}  {entry.digest}" for entry in manifest.files]
+
+
+def problem_lines(report: VerifyReport) -> list[str]:
+    """One line per problem."""
+    lines = [f"problem: {problem}" for problem in report.problems]
+    if report.leftovers:
+        lines.append(f"{report.leftovers} records are left over from killed pushes; they are no part of the registry.")
+    return lines
+
+
+def size(count: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} GB"

@@ -1,0 +1,150 @@
+"""`server start`: settings from flags, one frozen config, and what the server holds in a few plain lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from adapterbay.registry.errors import AdapterbayError, InvalidArgument
+from adapterbay.server.config import ServerConfig
+
+if TYPE_CHECKING:
+    from adapterbay.server.app import Serving
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+DEFAULTS = ServerConfig()
+
+app = typer.Typer(
+    name="server",
+    help="Serve one base model and many adapters over gRPC.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def server() -> None:
+    """Keeps `start` a command of its own while there is only one."""
+
+
+@app.command("start")
+def start(
+    base: Annotated[str | None, typer.Option(help="hub:ORG/REPO, gguf:PATH, package:NAME or a folder.")] = None,
+    registry: Annotated[str | None, typer.Option(help="The registry's folder.")] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = DEFAULTS.host,
+    port: Annotated[int, typer.Option(help="The port; 0 picks a free one.")] = DEFAULTS.port,
+    port_file: Annotated[Path | None, typer.Option(help="Write the port here once requests are taken.")] = None,
+    quantize: Annotated[str, typer.Option(help="none, nf4, int8, or auto by device.")] = DEFAULTS.quantize,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = DEFAULTS.dtype,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = DEFAULTS.device,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the base.")] = DEFAULTS.threads,
+    max_length: Annotated[int | None, typer.Option(help="Lower the base's context, in tokens.")] = DEFAULTS.max_length,
+    max_batch: Annotated[int, typer.Option(help="Rows that run at once.")] = DEFAULTS.max_rows,
+    max_queue: Annotated[int, typer.Option(help="Rows that may wait; one more is refused.")] = DEFAULTS.max_queue,
+    step_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = DEFAULTS.step_tokens,
+    kv_bytes: Annotated[int, typer.Option(help="Bytes for the key/value cache.")] = DEFAULTS.kv_bytes,
+    host_bytes: Annotated[int, typer.Option(help="Bytes for adapters in host memory.")] = DEFAULTS.host_bytes,
+    device_bytes: Annotated[int, typer.Option(help="Bytes for adapters on the device.")] = DEFAULTS.device_bytes,
+    drain_seconds: Annotated[float, typer.Option(help="How long calls may finish at a stop.")] = DEFAULTS.drain_seconds,
+    log_level: Annotated[str, typer.Option(help=", ".join(LOG_LEVELS))] = "warning",
+    json_ready: Annotated[bool, typer.Option("--json-ready", help="Say what is held as one JSON line.")] = False,
+) -> None:
+    """Load the base and serve until SIGTERM or Ctrl-C; calls under way finish first."""
+    _configure_logging(log_level)
+    config = read_config(
+        base=base,
+        registry=registry,
+        host=host,
+        port=port,
+        quantize=quantize,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        max_length=max_length,
+        max_rows=max_batch,
+        max_queue=max_queue,
+        step_tokens=step_tokens,
+        kv_bytes=kv_bytes,
+        host_bytes=host_bytes,
+        device_bytes=device_bytes,
+        drain_seconds=drain_seconds,
+    )
+
+    def ready(serving: Serving) -> None:
+        for line in [json.dumps(holdings(serving))] if json_ready else describe(serving):
+            typer.echo(line)
+        if port_file is not None:
+            write_whole(port_file, f"{serving.port}\n")
+
+    try:
+        _serve(config, ready)
+    except AdapterbayError as error:
+        typer.echo(f"error: {' '.join(error.message.split())}", err=True)
+        # A server that cannot start is a matter of its settings or its machine: not of a request.
+        raise typer.Exit(2) from None
+
+
+def read_config(**settings: Any) -> ServerConfig:
+    """The settings as one object. Raises InvalidArgument that tells everything that is wrong at once."""
+    try:
+        return ServerConfig(**settings)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise InvalidArgument(f"The server's settings are wrong: {wrong}.") from None
+
+
+def holdings(serving: Serving) -> dict[str, Any]:
+    """What the server holds, for machines."""
+    base = serving.engine.base
+    return {
+        "host": serving.host,
+        "port": serving.port,
+        "base": base.reference,
+        "fingerprint": base.fingerprint,
+        "kind": base.kind,
+        "parameters": base.parameters,
+        "bytes": base.bytes,
+        "dtype": base.dtype,
+        "quantization": base.quantization,
+        "device": base.device,
+        "max_length": base.max_length,
+    }
+
+
+def describe(serving: Serving) -> list[str]:
+    """What the server holds, for people."""
+    base = serving.engine.base
+    return [
+        f"base         {base.reference} ({base.kind}, context {base.max_length})",
+        f"fingerprint  {base.fingerprint}",
+        f"holds        {base.parameters:,} parameters in {base.bytes / 2**20:,.1f} MiB, "
+        f"{base.dtype}, quantization {base.quantization}, on {base.device}",
+        f"serving      {serving.host}:{serving.port}",
+    ]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file so that a reader sees all of it or nothing."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _serve(config: ServerConfig, ready: Any) -> None:
+    import asyncio
+
+    from adapterbay.server.app import serve  # brings torch
+
+    asyncio.run(serve(config, ready=ready))
+
+
+def _configure_logging(level: str) -> None:
+    if level not in LOG_LEVELS:
+        raise InvalidArgument(f"The log level {level!r} is not one of {', '.join(LOG_LEVELS)}.", field="log_level")
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
