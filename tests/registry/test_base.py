@@ -205,7 +205,7 @@ def _convert_in_child(path: str) -> str:
 def test_a_failed_conversion_leaves_nothing(gguf: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("TEST_TINY_BASE", str(tmp_path / "empty"))
-    with pytest.raises(Exception, match="no config.json"):
+    with pytest.raises(Exception, match=r"no config\.json"):
         locate(str(gguf))
     assert not list((home() / "cache" / "bases").iterdir())
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapterbay.registry.errors import Rejected
-from adapterbay.registry.safetensors_file import read_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors import deserialize
+from safetensors.numpy import save
+
+from adapterbay.registry.errors import Rejected
+from adapterbay.registry.safetensors_file import read_header
 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 dtypes = st.sampled_from(["float16", "float32", "float64", "int8", "uint16", "int64", "bool"])
@@ -46,12 +47,11 @@ def test_damage_is_refused_or_harmless(changes: list[tuple[int, int]], cut: int)
     except Rejected:
         return
     # What is accepted here, the library accepts too, with the same shapes.
-    try:
-        theirs = load(damaged)
-    except (SafetensorError, KeyError) as error:  # a dtype that numpy lacks
-        assert isinstance(error, KeyError) or "dtype" in str(error) or "Metadata" in str(error), error
-        return
-    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {n: t.shape for n, t in theirs.items()}
+    # Its numpy loader alone does not know every dtype of the format.
+    theirs = dict(deserialize(damaged))
+    assert {name: (tensor.dtype, list(tensor.shape)) for name, tensor in found.tensors.items()} == {
+        name: (tensor["dtype"], tensor["shape"]) for name, tensor in theirs.items()
+    }
 
 
 @settings(max_examples=200)

@@ -156,6 +156,15 @@ def test_causal_lm_lowers_perplexity_on_held_out_completions(
     recorder = Recorder()
     result = run(config, progress=recorder)
     assert result.metrics["perplexity"] < 0.8 * result.metrics["base_perplexity"]
+    assert set(result.metrics) == {
+        "perplexity",
+        "completion_tokens",
+        "eval_loss",
+        "train_loss",
+        "base_perplexity",
+        "base_completion_tokens",
+        "base_loss",
+    }
     assert result.metrics["completion_tokens"] == result.metrics["base_completion_tokens"] > 0
     assert result.training_record["labels"] == []
     held_out = [entry["step"] for entry in result.training_record["loss_history"] if "eval_loss" in entry]

@@ -146,6 +146,9 @@ def make_bert(folder: Path) -> Path:
         intermediate_size=64,
         max_position_embeddings=128,
         pad_token_id=0,
+        initializer_range=0.1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     BertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -80,49 +81,38 @@ def verify(blobs: BlobStore, records: Records, index: Index, name: str | None) -
         db.execute("BEGIN")  # one state of the index throughout
         try:
             names = queries.names(db) if name is None else [name]
-            versions = {each: queries.versions(db, each) for each in names}
-            events = queries.events(db, 0, -1)
+            found = [(each, queries.versions(db, each), queries.events_of(db, each)) for each in names]
         finally:
             db.execute("COMMIT")
-    sequences = {(event.name, event.version): event.sequence for event in events if event.kind == "pushed"}
-    moves: dict[str, list[RegistryEvent]] = {}
-    for event in events:
-        if event.alias is not None:
-            moves.setdefault(event.name, []).append(event)
     work = _Verification(blobs, records)
-    for each, its_versions in versions.items():
-        for record in its_versions:
-            work.version(record, sequences.get((each, record.version), 0))
-        work.aliases(each, moves.get(each, []))
-    leftovers = _leftovers(records, versions, name)
+    for each, versions, events in found:
+        sequences = {event.version: event.sequence for event in events if event.kind == "pushed"}
+        for record in versions:
+            work.version(record, sequences.get(record.version, 0))
+        work.aliases(each, [event for event in events if event.alias is not None])
+    known = {records.version_path(each, record.version) for each, versions, _ in found for record in versions}
+    leftovers = sum(
+        1 for path in records.versions() if path not in known and (name is None or records.name_of(path) == name)
+    )
     return VerifyReport(work.checked_blobs, work.versions, tuple(work.problems), leftovers)
 
 
-def _leftovers(records: Records, versions: dict[str, list[VersionRecord]], name: str | None) -> int:
-    known = {records.version_path(each, record.version) for each, its in versions.items() for record in its}
-    return sum(
-        1 for path in records.versions() if path not in known and (name is None or records.name_of(path) == name)
-    )
-
-
-def rebuild(blobs: BlobStore, records: Records, index: Index) -> None:
-    """See `Registry.rebuild_index`."""
-    with index.write() as db:
-        for table in ("adapters", "versions", "aliases", "blobs", "events"):
-            db.execute(f"DELETE FROM {table}")
-        digests: dict[tuple[str, int], str] = {}
-        for entry in _in_order(records):
-            if isinstance(entry, VersionFile):
-                path = blobs.check(entry.digest, None, f"The manifest of {entry.name}@{entry.version}")
-                manifest = _manifest(path, entry)
-                queries.insert_version(db, entry, manifest, path.stat().st_size)
-                digests[entry.name, entry.version] = entry.digest
-            else:
-                number = entry.version if entry.version is not None else entry.previous_version
-                digest = digests.get((entry.name, number)) if number is not None else None
-                if digest is None:
-                    raise Corrupted(f"The alias {entry.name}@{entry.alias} points at version {number}, which is lost.")
-                queries.insert_alias(db, entry, digest)
+def rebuild(blobs: BlobStore, records: Records, db: sqlite3.Connection) -> None:
+    """See `Registry.rebuild_index`. Needs the write lock."""
+    for table in ("adapters", "versions", "aliases", "blobs", "events"):
+        db.execute(f"DELETE FROM {table}")
+    digests: dict[tuple[str, int], str] = {}
+    for entry in _in_order(records):
+        if isinstance(entry, VersionFile):
+            path = blobs.check(entry.digest, None, f"The manifest of {entry.name}@{entry.version}")
+            queries.insert_version(db, entry, _manifest(path, entry), path.stat().st_size)
+            digests[entry.name, entry.version] = entry.digest
+        else:
+            number = entry.version if entry.version is not None else entry.previous_version
+            digest = digests.get((entry.name, number)) if number is not None else None
+            if digest is None:
+                raise Corrupted(f"The alias {entry.name}@{entry.alias} points at version {number}, which is lost.")
+            queries.insert_alias(db, entry, digest)
 
 
 def _manifest(path: Path, entry: VersionFile) -> Manifest:

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -56,8 +56,8 @@ class Index:
                     connection.execute("ROLLBACK")
                 raise
 
-    def migrate(self) -> int:
-        """Brings the schema up to date. Returns how many migrations the database had before.
+    def migrate(self, fill: Callable[[sqlite3.Connection], None]) -> None:
+        """Brings the schema up to date, and fills a new database by `fill` in the same transaction.
 
         Raises Unavailable if a newer adapterbay made it.
         """
@@ -71,7 +71,8 @@ class Index:
             for step in MIGRATIONS[done:]:
                 step(connection)
             connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        return done
+            if done == 0:
+                fill(connection)
 
     def is_current(self) -> bool:
         """Whether the schema is up to date, without a lock."""

@@ -49,6 +49,7 @@ def m001_versions_aliases_events(connection: sqlite3.Connection) -> None:
             previous_version INTEGER,
             at TEXT NOT NULL
         ) STRICT""",
+        "CREATE INDEX events_by_name ON events (name, sequence)",
     ):
         connection.execute(statement)
 

@@ -17,6 +17,7 @@ _VERSION_COLUMNS: Final = (
     "v.name, v.version, v.digest, v.created_at, v.size_bytes, v.task, v.peft_type, v.rank, v.base_reference, "
     "v.base_fingerprint, v.labels"
 )
+_EVENT_COLUMNS: Final = "sequence, kind, name, version, digest, alias, previous_version, at"
 
 
 def version_by_number(db: sqlite3.Connection, name: str, version: int) -> str | None:
@@ -106,23 +107,15 @@ def last_sequence(db: sqlite3.Connection) -> int:
 def events(db: sqlite3.Connection, after: int, limit: int) -> list[RegistryEvent]:
     """The events after a sequence, the oldest first."""
     rows = db.execute(
-        "SELECT sequence, kind, name, version, digest, alias, previous_version, at FROM events "
-        "WHERE sequence > ? ORDER BY sequence LIMIT ?",
-        (after, limit),
+        f"SELECT {_EVENT_COLUMNS} FROM events WHERE sequence > ? ORDER BY sequence LIMIT ?", (after, limit)
     )
-    return [
-        RegistryEvent(
-            sequence=row[0],
-            kind=row[1],
-            name=row[2],
-            version=row[3],
-            digest=row[4],
-            alias=row[5],
-            previous_version=row[6],
-            at=datetime.fromisoformat(row[7]),
-        )
-        for row in rows
-    ]
+    return [_event(row) for row in rows]
+
+
+def events_of(db: sqlite3.Connection, name: str) -> list[RegistryEvent]:
+    """All events of one adapter, the oldest first."""
+    rows = db.execute(f"SELECT {_EVENT_COLUMNS} FROM events WHERE name = ? ORDER BY sequence", (name,))
+    return [_event(row) for row in rows]
 
 
 def alias_moves(db: sqlite3.Connection, name: str) -> int:
@@ -187,6 +180,19 @@ def insert_alias(db: sqlite3.Connection, line: AliasLine, digest: str) -> None:
 
 def _insert_event(db: sqlite3.Connection, row: Sequence[Any]) -> None:
     db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+
+def _event(row: Sequence[Any]) -> RegistryEvent:
+    return RegistryEvent(
+        sequence=row[0],
+        kind=row[1],
+        name=row[2],
+        version=row[3],
+        digest=row[4],
+        alias=row[5],
+        previous_version=row[6],
+        at=datetime.fromisoformat(row[7]),
+    )
 
 
 def _fields(row: Sequence[Any], pointing: dict[str, int]) -> dict[str, Any]:

@@ -94,13 +94,12 @@ class Registry:
         if layout != LAYOUT:
             raise Unavailable(f"The registry at {self.root} has the layout {layout}: update adapterbay.")
         if not self._index.path.is_file() or not self._index.is_current():
-            had = self._index.migrate()
-            if had == 0:
-                self.rebuild_index()
+            self._index.migrate(lambda db: rebuild(self._blobs, self._records, db))
 
     def _is_new(self) -> bool:
-        # Another process may be making it at this moment.
-        return {path.name for path in self.root.iterdir()} <= {"blobs", "adapters", "tmp", MARKER_FILE}
+        # Another process may be making it at this moment, or was killed while it did.
+        there = {path.name for path in self.root.iterdir()}
+        return MARKER_FILE in there or there <= {"blobs", "adapters", "tmp"}
 
     def close(self) -> None:
         """Gives the connections back. The object can still be used."""
@@ -254,7 +253,8 @@ class Registry:
 
     def rebuild_index(self) -> None:
         """Fills the index anew from the records and manifests on disk. Raises Corrupted if one is not readable."""
-        rebuild(self._blobs, self._records, self._index)
+        with self._index.write() as db:
+            rebuild(self._blobs, self._records, db)
 
 
 def _find(db: sqlite3.Connection, reference: Reference) -> tuple[int, str] | None:

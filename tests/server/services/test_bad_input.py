@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -122,6 +123,27 @@ def test_a_long_prompt_is_told_both_lengths(inference: inference_pb2_grpc.Infere
     found = failure(lambda: inference.Generate(generate(prompt=LONG)))
     assert "600 tokens" in found.message
     assert "512" in found.message
+
+
+def test_a_huge_prompt_is_refused_untokenized(inference: inference_pb2_grpc.InferenceServiceStub) -> None:
+    started = time.monotonic()
+    for request in (
+        generate(prompt="y" * 20_000_000),
+        pb.GenerateRequest(base=True, conversation=chat(("user", "y" * 20_000_000))),
+    ):
+        found = failure(lambda request=request: inference.Generate(request))
+        assert found.code is CODE.INVALID_ARGUMENT
+        assert "20,000,000 characters" in found.message
+    assert time.monotonic() - started < 3
+    cut = inference.Embed(pb.EmbedRequest(base=True, texts=["y" * 5_000_000], truncate=True)).embeddings[0]
+    assert (cut.tokens, cut.truncated) == (512, True)
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+def test_bytes_that_are_no_message(channel: grpc.Channel, method: str) -> None:
+    call = channel.unary_stream(f"/adapterbay.v1.InferenceService/{method}", None, None)
+    found = failure(lambda: call(b"\x0a\x03\xff\xff\xff"))  # a string that is not UTF-8
+    assert (found.code, found.reason) == (CODE.INVALID_ARGUMENT, "MALFORMED_MESSAGE")
 
 
 TEXTS = {

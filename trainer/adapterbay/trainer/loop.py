@@ -22,6 +22,7 @@ from adapterbay.trainer.progress import ProgressListener, StepReport
 from adapterbay.trainer.tasks import Encoded, TrainingTask
 
 BASE_PREFIX = "base"
+_TIMINGS = ("runtime", "_per_second", "preparation_time")
 
 
 def make_trainer(
@@ -116,7 +117,7 @@ def plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     kept: dict[str, float] = {}
     for name, value in metrics.items():
         short = "eval_loss" if name == "eval_loss" else name.removeprefix("eval_")
-        if not short.endswith(("_runtime", "_per_second")) and short not in ("epoch", "runtime"):
+        if not short.endswith(_TIMINGS) and short not in ("epoch", "step"):
             kept[short] = float(value)
     return kept
 

@@ -10,6 +10,8 @@ from adapterbay.base.text import Tokenizer, encode_conversation, encode_text
 from adapterbay.registry.errors import InvalidArgument
 
 DEFAULT_MAX_TOKENS = 256
+LONGEST_TOKEN = 256
+"""Characters. No vocabulary in use has longer tokens, so a text beyond this for each token need not be tokenized."""
 
 
 class Encoder:
@@ -26,12 +28,14 @@ class Encoder:
 
     def prompt(self, prompt: str, field: str) -> tuple[int, ...]:
         """Ids of a raw prompt that leaves room for at least one token."""
+        self._refuse_huge(prompt, field)
         with self._lock:
             ids = encode_text(self._tokenizer, prompt)
         return self._leaving_room(ids, field)
 
     def conversation(self, messages: Sequence[Mapping[str, str]], field: str) -> tuple[int, ...]:
         """Ids of a conversation with the generation prompt appended, leaving room for at least one token."""
+        self._refuse_huge("".join(message["content"] for message in messages), field)
         try:
             with self._lock:
                 ids = encode_conversation(self._tokenizer, messages, add_generation_prompt=True)
@@ -45,6 +49,9 @@ class Encoder:
         A cut keeps the special tokens, as the tokenizer's own truncation in training does. Without `truncate` the
         base's length is the only limit.
         """
+        if truncate:
+            text = text[: (limit + 1) * LONGEST_TOKEN]
+        self._refuse_huge(text, field)
         with self._lock:
             ids = encode_text(self._tokenizer, text)
             cut = truncate and len(ids) > limit
@@ -71,6 +78,15 @@ class Encoder:
                 field=field,
             )
         return asked
+
+    def _refuse_huge(self, text: str, field: str) -> None:
+        most = (self._max_length + 1) * LONGEST_TOKEN
+        if len(text) > most:
+            raise InvalidArgument(
+                f"The text has {len(text):,} characters, far more than the {self._max_length:,} tokens that the base "
+                "takes.",
+                field=field,
+            )
 
     def _leaving_room(self, ids: list[int], field: str) -> tuple[int, ...]:
         if not ids:

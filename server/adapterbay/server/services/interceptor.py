@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from adapterbay.registry.errors import Unavailable
+from adapterbay.registry.errors import InvalidArgument, Unavailable
 from adapterbay.server.status import DETAILS_KEY, code_of, status_of
 
 _OURS = "/adapterbay.v1."
@@ -24,6 +25,7 @@ _logger = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 UnaryBehavior = Callable[[Any, Context], Awaitable[Any]]
 StreamBehavior = Callable[[Any, Context], AsyncGenerator[Any, None]]
+Parser = Callable[[bytes], Any]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]]
 
 
@@ -70,6 +72,14 @@ async def _never(_request: Any, _context: Context) -> Any:
     raise AssertionError("the gate admits nothing outside the serving phase")
 
 
+def _parsed(parse: Parser, request: bytes) -> Any:
+    """The request message. gRPC itself would answer INTERNAL to bytes that are none."""
+    try:
+        return parse(request)
+    except DecodeError as error:
+        raise InvalidArgument(f"The request is not a valid message: {error}.", reason="MALFORMED_MESSAGE") from error
+
+
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Wraps the handlers of our services; health and reflection pass untouched."""
 
@@ -87,32 +97,32 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         if not method.startswith(_OURS):
             return await continuation(handler_call_details)
         if self._gate.phase is not Phase.SERVING:
-            return grpc.unary_unary_rpc_method_handler(self._unary(_never, method))
+            return grpc.unary_unary_rpc_method_handler(self._unary(_never, method, bytes))
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        serializers = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
+        parse, write = cast(Parser, handler.request_deserializer), handler.response_serializer
         if handler.response_streaming:
-            stream = self._stream(cast(StreamBehavior, handler.unary_stream), method)
-            return grpc.unary_stream_rpc_method_handler(stream, **serializers)
-        unary = self._unary(cast(UnaryBehavior, handler.unary_unary), method)
-        return grpc.unary_unary_rpc_method_handler(unary, **serializers)
+            stream = self._stream(cast(StreamBehavior, handler.unary_stream), method, parse)
+            return grpc.unary_stream_rpc_method_handler(stream, response_serializer=write)
+        unary = self._unary(cast(UnaryBehavior, handler.unary_unary), method, parse)
+        return grpc.unary_unary_rpc_method_handler(unary, response_serializer=write)
 
-    def _unary(self, behavior: UnaryBehavior, method: str) -> Callable[..., Any]:
-        async def answer(request: Any, context: Context) -> Any:
+    def _unary(self, behavior: UnaryBehavior, method: str, parse: Parser) -> Callable[..., Any]:
+        async def answer(request: bytes, context: Context) -> Any:
             async with self._around(method, context):
-                return await behavior(request, context)
+                return await behavior(_parsed(parse, request), context)
 
         return answer
 
-    def _stream(self, behavior: StreamBehavior, method: str) -> Callable[..., Any]:
+    def _stream(self, behavior: StreamBehavior, method: str, parse: Parser) -> Callable[..., Any]:
         # Written with context.write and not as a generator: gRPC would cancel a generator only at its yield, and
         # leave its rows to the garbage collector.
-        async def answer(request: Any, context: Context) -> None:
-            async with self._around(method, context), contextlib.aclosing(behavior(request, context)) as responses:
+        async def answer(request: bytes, context: Context) -> None:
+            async with (
+                self._around(method, context),
+                contextlib.aclosing(behavior(_parsed(parse, request), context)) as responses,
+            ):
                 async for response in responses:
                     await context.write(response)
 

@@ -1,0 +1,198 @@
+"""The command `adapterbay` against a real server: what it prints, and one line with an exit code when it cannot."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from serving_tools import Served
+
+from adapterbay.cli import main
+from adapterbay.cli.lazy import missing_extra
+from adapterbay.cli.options import choose, parse_arm, parse_weighted
+from adapterbay.client import Selection
+from adapterbay.registry.errors import InvalidArgument
+
+DIGEST = "sha256:" + "1" * 64
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, object]:
+        parsed: dict[str, object] = json.loads(self.out.splitlines()[-1])
+        return parsed
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], served: Served) -> Run:
+    """Runs the console script in this process."""
+
+    def run(*arguments: str, stdin: str = "", entry: Callable[[], None] = main.run) -> Ended:
+        monkeypatch.setattr("sys.argv", ["adapterbay", *arguments])
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        monkeypatch.setenv("ADAPTERBAY_SERVER", served.address)
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            entry()
+        captured = capsys.readouterr()
+        code = ended.value.code
+        return Ended(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run
+
+
+def test_predict(run: Run) -> None:
+    shown = run("predict", "sentiment@champion", "a [bold]delight[/bold]", "a bore")
+    assert shown.code == 0, shown.err
+    assert "a [bold]delight[/bold]" in shown.out
+    assert "sentiment@1" in shown.out
+    found = run("predict", "sentiment@champion", "a delight", "a bore", "--json").json
+    classifications = found["classifications"]
+    assert isinstance(classifications, list)
+    assert [entry["text"] for entry in classifications] == ["a delight", "a bore"]
+    assert all(entry["label"] in {"no", "yes"} for entry in classifications)
+    assert found["provenance"]["adapters"][0]["digest"].startswith("sha256:")  # type: ignore[index]
+
+
+def test_generate_prints_the_text_alone_on_stdout(run: Run) -> None:
+    options = ("--max-tokens", "8")
+    whole = run("generate", "Once upon", "--adapter", "tales", *options)
+    assert whole.code == 0, whole.err
+    assert "tales@1" in whole.err
+    found = run("generate", "Once upon", "--adapter", "tales", *options, "--json").json
+    assert whole.out == f"{found['text']}\n"
+    streamed = run("generate", "Once upon", "--adapter", "tales", *options, "--stream")
+    assert streamed.out == whole.out
+    lines = run("generate", "Once upon", "--adapter", "tales", *options, "--stream", "--json").out.splitlines()
+    pieces = [json.loads(line) for line in lines]
+    assert "".join(piece["text"] for piece in pieces) == found["text"]
+    assert run("generate", "-", "--adapter", "tales", *options, stdin="Once upon").out == whole.out
+
+
+def test_generate_with_a_fusion_and_a_conversation(run: Run) -> None:
+    fused = run(
+        *("generate", "a", "--fuse", "tales:0.5", "--fuse", "songs@1:-0.25", "--max-tokens", "2", "--json"),
+        *("--temperature", "0.8", "--top-p", "0.9", "--top-k", "20", "--seed", "3", "--stop", "zz"),
+    ).json
+    uses = fused["provenance"]["adapters"]  # type: ignore[index]
+    assert [(use["reference"], use["weight"]) for use in uses] == [("tales", 0.5), ("songs@1", -0.25)]
+    chat = run("generate", "Hi", "--base", "--chat", "--system", "Be brief", "--max-tokens", "1", "--json").json
+    assert chat["prompt_tokens"] > len("Hi") + len("Be brief")  # type: ignore[operator]
+
+
+def test_compare(run: Run, tmp_path: Path) -> None:
+    lines = tmp_path / "inputs.jsonl"
+    lines.write_text('{"text": "first"}\n\n{"text": "second", "label": "no"}\n')
+    shown = run("compare", "sentiment", "sentiment-b", "--inputs", str(lines))
+    assert shown.code == 0, shown.err
+    assert "first" in shown.out
+    assert "The arms agree on" in shown.out
+    plain = tmp_path / "inputs.txt"
+    plain.write_text("one\ntwo\n")
+    answers = [
+        json.loads(line)
+        for line in run(
+            *("compare", "tales", "base", "tales:0.5+songs:0.5", "--inputs", str(plain), "--input", "three"),
+            *("--max-tokens", "3", "--json"),
+        ).out.splitlines()
+    ]
+    assert {answer["arm"] for answer in answers} == {"tales", "base", "tales:0.5+songs:0.5"}
+    assert len(answers) == 9
+    assert all(answer["generation"]["text"] is not None for answer in answers)
+    classified = run("compare", "sentiment", "stars", "--input", "a", "--task", "classify", "--json")
+    assert len(classified.out.splitlines()) == 2
+
+
+FAILURES = {
+    "misspelt": (("predict", "sentimnet", "a"), 1, "Did you mean"),
+    "no head": (("predict", "tales", "a"), 1, "head"),
+    "foreign": (("generate", "a", "--adapter", "foreign"), 1, "base"),
+    "empty": (("predict", "sentiment", ""), 2, "empty"),
+    "greedy top_p": (("generate", "a", "--base", "--top-p", "0.5"), 2, "top_p"),
+    "no selection": (("generate", "a"), 2, "exactly one"),
+    "two selections": (("generate", "a", "--base", "--adapter", "tales"), 2, "exactly one"),
+    "weightless": (("generate", "a", "--fuse", "tales"), 2, "REFERENCE:WEIGHT"),
+    "wordy weight": (("generate", "a", "--fuse", "tales:much"), 2, "not a number"),
+    "twice": (("generate", "a", "--fuse", "tales:1", "--fuse", "tales:2"), 2, "twice"),
+    "system alone": (("generate", "a", "--base", "--system", "x"), 2, "--chat"),
+    "no inputs": (("compare", "a", "b"), 2, "--input"),
+    "no file": (("compare", "a", "b", "--inputs", "/no/such/file"), 2, "/no/such/file"),
+    "one arm": (("compare", "tales", "--input", "a"), 2, "arms"),
+    "no server": (("predict", "a", "b", "--server", "127.0.0.1:1"), 1, "127.0.0.1:1"),
+    "deadline": (("generate", "a", "--base", "--max-tokens", "500", "--timeout", "0.01"), 1, "eadline"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), FAILURES.values(), ids=FAILURES)
+def test_failures_are_one_line(run: Run, arguments: tuple[str, ...], code: int, words: str) -> None:
+    ended = run(*arguments)
+    assert ended.code == code, ended.err
+    lines = ended.err.splitlines()
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith("error: ")
+    assert words in lines[0]
+    assert ended.out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("{nonsense", "line 1"), ('{"text": 3}\n', "text"), (b"\xff\xfe", "UTF-8")]
+)
+def test_files_that_are_no_inputs(run: Run, tmp_path: Path, content: str | bytes, words: str) -> None:
+    file = tmp_path / "inputs"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    ended = run("compare", "tales", "songs", "--inputs", str(file))
+    assert ended.code == 2
+    assert words in ended.err
+
+
+def test_groups_take_over_everything_after_their_name(run: Run) -> None:
+    listed = run("registry", "--help")
+    assert listed.code == 0
+    assert "push" in listed.out
+    assert run("registry", "--help", entry=main.run).out == listed.out
+    assert run("registry", "no-such-command").code == 2
+    assert "--port-file" in run("server", "start", "--help").out
+
+
+def test_help_and_version(run: Run) -> None:
+    shown = run("--help")
+    assert shown.code == 0
+    for name in ("registry", "trainer", "server", "predict", "generate", "compare", "demo", "version"):
+        assert name in shown.out
+    assert run("version", "--json").json["adapterbay"] == "0.1.0"
+
+
+def test_arms_are_read_as_they_are_written() -> None:
+    assert parse_arm("base") == Selection(base=True)
+    for reference in ("tales", "tales@3", "tales@champion", f"tales@{DIGEST}", "base@latest", "hub:org/repo@main"):
+        assert parse_arm(reference) == Selection(adapter=reference)
+    assert parse_arm("tales:0.5") == Selection(fusion={"tales": 0.5})
+    assert parse_arm(f"tales@{DIGEST}:0.5+songs@2:-1") == Selection(fusion={f"tales@{DIGEST}": 0.5, "songs@2": -1.0})
+    assert parse_weighted("a@champion:1e-3", "fuse") == ("a@champion", 1e-3)
+    for wrong in (f"tales@{DIGEST}", "tales", "tales:"):
+        with pytest.raises(InvalidArgument) as caught:
+            parse_weighted(wrong, "fuse")
+        assert caught.value.field == "fuse"
+    assert choose(None, ["a:1", "b:2"], base=False) == Selection(fusion={"a": 1.0, "b": 2.0})
+
+
+def test_a_missing_package_names_the_extra() -> None:
+    lacking = ModuleNotFoundError("No module named 'torch'", name="torch.nn")
+    assert "pip install 'adapterbay[trainer]'" in missing_extra("adapterbay.trainer.cli:app", lacking).message
+    assert "adapterbay[server]" in missing_extra("adapterbay.server.cli:app", lacking).message
+    assert "adapterbay[all]" in missing_extra("adapterbay.demo.cli:demo", lacking).message
+    ours = ModuleNotFoundError("No module named 'adapterbay.oops'", name="adapterbay.oops")
+    with pytest.raises(ModuleNotFoundError):
+        missing_extra("adapterbay.demo.cli:demo", ours)
