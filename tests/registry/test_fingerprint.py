@@ -57,6 +57,11 @@ def store_as_half(folder: Path) -> None:
     save_file({name: tensor.astype(np.float16) for name, tensor in load_file(file).items()}, file)
 
 
+def same_bits_as_integers(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"I32"', 1))
+
+
 def rename_tensor(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -77,6 +82,7 @@ SAME: dict[str, Change] = {
 OTHER: dict[str, Change] = {
     "one bit": flip_one_weight_bit,
     "dtype of tensors": store_as_half,
+    "dtype alone": same_bits_as_integers,
     "name of a tensor": rename_tensor,
     "rope": edit_json("config.json", rope_theta=1.0),
     "norm": edit_json("config.json", rms_norm_eps=0.5),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 from adapterbay.registry.errors import AdapterbayError, Cancelled, InvalidArgument, NotFound, StorageFull
@@ -18,6 +19,7 @@ from adapterbay.trainer import StepReport, run
 from adapterbay.trainer.cli import app
 
 from .conftest import Configure
+from .tiny_bases import make_bert, write_jsonl
 
 
 class InterruptedAt:
@@ -74,6 +76,15 @@ def test_named_and_nothing_left(
         run(config)
     assert message in caught.value.message
     assert sorted(config.output.parent.iterdir()) == before
+
+
+def test_a_base_without_a_language_model_head_cannot_learn_to_write(configure: Configure, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"q{index}", "completion": "a"} for index in range(40)])
+    headless = make_bert(tmp_path / "bert")
+    config = BertConfig.from_pretrained(headless, is_decoder=True)
+    BertModel(config).save_pretrained(headless)
+    with pytest.raises(InvalidArgument, match="it is no language model for task causal-lm: it has no weights for cls"):
+        run(configure(headless, task="causal-lm", data={"source": str(source)}))
 
 
 def test_an_output_that_exists_is_refused_or_replaced(configure: Configure, chat_base: Path) -> None:

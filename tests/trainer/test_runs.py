@@ -97,6 +97,19 @@ def test_classifier_learns_and_plain_peft_reproduces_its_accuracy(
     assert any("score" in name or "classifier" in name for name in weights)
 
 
+def test_weights_the_base_lacks_are_saved_with_the_adapter(configure: Configure, bert_base: Path) -> None:
+    """A BERT saved without its pooler gets a random one at every load, so the trained one must go along."""
+    result = run(configure(bert_base))
+    names = set(load_file(result.output / "adapter_model.safetensors"))
+    assert "base_model.model.bert.pooler.dense.weight" in names
+    assert not any("pooler" in name and "lora" in name for name in names)
+    assert json.loads((result.output / "adapter_config.json").read_text())["modules_to_save"] == [
+        "bert.pooler.dense",
+        "classifier",
+        "score",
+    ]
+
+
 def test_record_and_folder_are_complete(configure: Configure, chat_base: Path, review_csv: Path) -> None:
     config = configure(chat_base, optimization={"evaluate": "epoch"})
     recorder = Recorder()
@@ -200,7 +213,7 @@ def test_texts_that_end_in_the_padding_token_are_read_at_their_end(chat_base: Pa
     rows = tuple(Labelled(text, index % 2) for index, text in enumerate(texts))
     tokenizer = load_tokenizer(chat_base)
     task = SequenceClassification(tokenizer, 64, TrainingData("", rows, (), ("no", "yes"), CleaningReport()))
-    model = task.load_model(chat_base, torch.device("cpu")).eval()
+    model = task.load_model(chat_base, torch.device("cpu")).model.eval()
     examples = task.encode(rows, CleaningReport()).examples
 
     def batched() -> torch.Tensor:

@@ -11,7 +11,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 20_000),
     # Retries are ours (UNAVAILABLE, with backoff); gRPC's own wait before it dials again must not be longer.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1_000),  # in truth the least time that a dial may take
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # in truth how long a dial may take before it is given up
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 DEFAULT_ADDRESS = "127.0.0.1:50051"

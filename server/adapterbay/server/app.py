@@ -16,7 +16,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -26,7 +26,7 @@ from adapterbay.registry.errors import InvalidArgument
 from adapterbay.server.config import ServerConfig
 from adapterbay.server.engine import Engine
 from adapterbay.server.services import AdapterService, InferenceService
-from adapterbay.server.services.interceptor import CallInterceptor, Gate, Phase
+from adapterbay.server.services.interceptor import CallInterceptor, Gate, LateServices, Phase
 from adapterbay.server.watch import AdapterFeed
 from adapterbay.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -47,6 +47,8 @@ OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
+
+BLOCKING_THREAD = "adapterbay-blocking"
 
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -94,7 +96,10 @@ class Server:
         self._config = config
         self._gate = Gate()
         self._probes = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs leave asyncio out
-        self._server = grpc.aio.server(interceptors=[CallInterceptor(self._gate)], options=OPTIONS)
+        self._services = LateServices()
+        self._server = grpc.aio.server(
+            handlers=[self._services], interceptors=[CallInterceptor(self._gate)], options=OPTIONS
+        )
         self._port = 0
 
     async def open_port(self) -> None:
@@ -112,8 +117,9 @@ class Server:
         engine.start()
         try:
             async with AdapterFeed(engine.adapters) as feed:
-                inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(engine), self._server)
-                adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(engine, feed), self._server)
+                late = cast(grpc.aio.Server, self._services)  # as far as these functions use a server
+                inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(engine), late)
+                adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(engine, feed), late)
                 self._gate.phase = Phase.SERVING
                 await self._report(health_pb2.HealthCheckResponse.SERVING)
                 yield Serving(engine=engine, host=self._config.host, port=self._port)
@@ -165,8 +171,13 @@ def _on_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:
         except BaseException as error:  # noqa: BLE001 - carried to whoever waits
             future.set_exception(error)
 
-    threading.Thread(target=run, name="adapterbay-blocking", daemon=True).start()
+    threading.Thread(target=run, name=BLOCKING_THREAD, daemon=True).start()
     return asyncio.wrap_future(future)
+
+
+def left_behind() -> bool:
+    """Whether a load still runs after its server was stopped: a thread inside torch cannot be ended."""
+    return any(thread.name == BLOCKING_THREAD for thread in threading.enumerate())
 
 
 def _bind(server: grpc.aio.Server, host: str, port: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,9 +141,13 @@ def write_whole(path: Path, text: str) -> None:
 def _serve(config: ServerConfig, ready: Any) -> None:
     import asyncio
 
-    from adapterbay.server.app import serve  # brings torch
+    from adapterbay.server.app import left_behind, serve  # brings torch
 
     asyncio.run(serve(config, ready=ready))
+    if left_behind():  # the interpreter's own end would abort inside that thread
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _configure_logging(level: str) -> None:

@@ -227,6 +227,29 @@ def test_a_signal_drains_and_exits_0_while_a_stream_runs(process: Process, numbe
 
 
 @pytest.mark.slow
+def test_a_signal_while_the_base_loads_exits_0(zoo: Zoo, tmp_path: Path) -> None:
+    """At several moments of loading: as soon as the port answers, and later."""
+    for index, wait in enumerate((0.0, 0.3)):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        popen = subprocess.Popen(
+            command(zoo, "--port", str(port), "--device", "cpu"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.max_reconnect_backoff_ms", 100)]) as channel:
+            grpc.channel_ready_future(channel).result(60)
+        time.sleep(wait)
+        popen.send_signal(signal.SIGTERM)
+        _, err = popen.communicate(timeout=30)
+        assert popen.returncode == 0, (index, err)
+        assert "Traceback" not in err
+
+
+@pytest.mark.slow
 def test_a_second_signal_cuts_the_drain_short(process: Process) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{process.port()}") as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)

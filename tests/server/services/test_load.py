@@ -178,7 +178,7 @@ async def crowd(address: str, size: int, seed: int) -> dict[str, int]:
 
 
 @pytest.mark.slow
-async def test_500_streams_with_random_ends_leave_nothing_behind(zoo: Zoo) -> None:
+async def test_500_streams_with_random_ends_leave_nothing_behind(zoo: Zoo, caplog: pytest.LogCaptureFixture) -> None:
     """None hangs; rows, cache blocks and memory come back. Memory is compared with a first, equal round: what a round
     takes once (thread stacks, allocator arenas, compiled kernels) is not a leak; what every round takes is."""
     with Served(zoo, max_rows=32, max_queue=1024) as served:
@@ -194,6 +194,7 @@ async def test_500_streams_with_random_ends_leave_nothing_behind(zoo: Zoo) -> No
             gc.collect()
             sizes.append(process.memory_info().rss)
         assert served.engine.stats().host_bytes < 8 * MEBIBYTE
+        assert not [record for record in caplog.records if record.levelname in {"ERROR", "CRITICAL"}]
         growth = (sizes[-1] - sizes[0]) / MEBIBYTE
         assert growth < 48, f"memory grew by {growth:.0f} MiB over two rounds of 500 streams"
 

@@ -6,24 +6,27 @@ Issue "The trainer, whole" adds other methods beside `lora`; each is a function 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from adapterbay.registry.errors import InvalidArgument
 from adapterbay.trainer.config import LoraSettings
+from adapterbay.trainer.tasks.base import HEADS, LoadedModel
 
 _LAYER_INDEX = re.compile(r"(?:^|.*?\.)(\d+)\.")
 
 
-def lora(model: Any, settings: LoraSettings, peft_task_type: str) -> Any:
-    """`model` with fresh LoRA weights as a `peft.PeftModel`; only they, and a new head, are trainable.
+def lora(loaded: LoadedModel, settings: LoraSettings, peft_task_type: str) -> Any:
+    """The model with fresh LoRA weights as a `peft.PeftModel`; only they, and its new modules, are trainable.
 
     Raises InvalidArgument if a name in `target_modules`, `layers`, `rank_pattern` or `alpha_pattern` matches nothing.
     """
     from peft import LoraConfig, get_peft_model
 
-    linear = linear_modules(model)
+    model = loaded.model
+    linear = linear_modules(model, loaded.new_modules)
     targets = _targets(linear, settings)
     _check_layers(linear, targets, settings)
     adapted = [name for name in linear if _is_one_of(name, targets)]
@@ -40,16 +43,18 @@ def lora(model: Any, settings: LoraSettings, peft_task_type: str) -> Any:
         alpha_pattern=dict(settings.alpha_pattern),
         fan_in_fan_out=any(not isinstance(linear[name], nn.Linear) for name in adapted),  # GPT-2's Conv1D
         bias="none",
+        # Heads PEFT adds by itself; all of these it leaves out of target_modules.
+        modules_to_save=[name for name in loaded.new_modules if name not in HEADS] or None,
     )
     return get_peft_model(model, config)
 
 
-def linear_modules(model: Any) -> dict[str, nn.Module]:
-    """Every linear layer that can be adapted, by its full name: not the output embedding, not a new head."""
-    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+def linear_modules(model: Any, new_modules: Sequence[str]) -> dict[str, nn.Module]:
+    """Every linear layer that can be adapted, by its full name: not the output embedding, not what is new."""
     from transformers.pytorch_utils import Conv1D
 
-    heads = [model.get_output_embeddings(), *(getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES)]
+    heads = [model.get_output_embeddings(), *(getattr(model, name, None) for name in HEADS)]
+    heads += [model.get_submodule(name) for name in new_modules]
     excluded = {id(part) for head in heads if head is not None for part in head.modules()}
     return {
         name: module

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import set_seed
 
 from adapterbay.base.text import Tokenizer, chat_template_digest, load_tokenizer
@@ -32,7 +35,7 @@ from adapterbay.trainer.record import (
 )
 from adapterbay.trainer.result import TrainingResult
 from adapterbay.trainer.tasks import Encoded, TrainingTask, task_for
-from adapterbay.trainer.tasks.base import end_token_ids
+from adapterbay.trainer.tasks.base import LoadedModel, end_token_ids
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +100,10 @@ def _train(
     train, evaluation, task = inputs.train, inputs.evaluation, inputs.task
     progress.stage(f"loading {inputs.base.reference}")
     set_seed(config.seed)
-    base_model = _load(task, inputs.base)
-    _check_length(config, base_model)
-    collator = task.collator(base_model, [*train.examples, *evaluation.examples])
-    model = methods.lora(base_model, config.lora, task.peft_task_type)
+    loaded = _load(task, inputs.base)
+    _check_length(config, loaded.model)
+    collator = task.collator(loaded.model, [*train.examples, *evaluation.examples])
+    model = methods.lora(loaded, config.lora, task.peft_task_type)
     scratch = staging / "scratch"
     trainer = make_trainer(
         model,
@@ -132,7 +135,7 @@ def _train(
     return model, metrics, loss_history([*before, *trainer.state.log_history])
 
 
-def _load(task: TrainingTask, base: BaseFiles) -> Any:
+def _load(task: TrainingTask, base: BaseFiles) -> LoadedModel:
     try:
         return task.load_model(base.folder, hardware.device())
     except (ValueError, OSError, ImportError) as error:
@@ -202,7 +205,12 @@ def _record(
 
 
 def _write(staging: Path, model: Any, record: Mapping[str, Any], base: BaseFiles) -> None:
-    model.save_pretrained(staging, save_embedding_layers=False)
+    try:
+        model.save_pretrained(staging, save_embedding_layers=False)
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):  # safetensors has no error of its own for a full disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
     is_hub = base.reference.scheme == "hub"
     name = base.reference.target if is_hub else str(base.reference)
     portable_adapter_config(staging, base=name, revision=base.reference.revision if is_hub else None)

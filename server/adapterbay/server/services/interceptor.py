@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import enum
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any, cast
 
 import grpc
@@ -68,6 +68,28 @@ class Gate:
             await asyncio.sleep(0.01)
 
 
+class LateServices(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs only
+    """Services that come after the server has started: gRPC asks us for each call, and takes no more by itself then.
+
+    Give it to the generated `add_…_to_server` functions in place of the server.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: list[grpc.GenericRpcHandler[Any, Any]] = []
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]) -> None:
+        """What the generated functions call."""
+        self._handlers.extend(handlers)
+
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        """The generated functions give the same handlers a second time, as a shortcut that we do not take."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """The handler of a method, if one of the services has it."""
+        found = (handler.service(handler_call_details) for handler in self._handlers)
+        return next((handler for handler in found if handler is not None), None)
+
+
 async def _never(_request: Any, _context: Context) -> Any:
     raise AssertionError("the gate admits nothing outside the serving phase")
 
@@ -78,6 +100,17 @@ def _parsed(parse: Parser, request: bytes) -> Any:
         return parse(request)
     except DecodeError as error:
         raise InvalidArgument(f"The request is not a valid message: {error}.", reason="MALFORMED_MESSAGE") from error
+
+
+class _CallerGone(Exception):  # noqa: N818 - an end, not an error
+    """A message could not be sent: there is nobody to tell anything any more."""
+
+
+async def _send(response: Any, context: Context) -> None:
+    try:
+        await context.write(response)
+    except Exception as error:  # gRPC has no public name for it
+        raise _CallerGone from error
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
@@ -124,7 +157,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                 contextlib.aclosing(behavior(_parsed(parse, request), context)) as responses,
             ):
                 async for response in responses:
-                    await context.write(response)
+                    await _send(response, context)
 
         return answer
 
@@ -133,6 +166,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         try:
             with self._gate.admitted(method):
                 yield
+        except _CallerGone:
+            _logger.debug("%s: the caller is gone", method)
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is becomes a status; bugs are logged there

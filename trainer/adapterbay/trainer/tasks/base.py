@@ -14,6 +14,9 @@ from adapterbay.trainer.batches import Example, PadRight
 from adapterbay.trainer.config import TrainingConfig
 from adapterbay.trainer.data import CleaningReport, Row, TrainingData
 
+HEADS = ("score", "classifier")
+"""What transformers calls a classification head; PEFT trains and saves these by itself for SEQ_CLS."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -21,6 +24,17 @@ class Encoded:
 
     examples: list[Example]
     rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """`model` in float32, and the modules with weights that the base does not have, so that were made at random.
+
+    They must be trained and saved whole with the adapter, or nobody could compute what was trained.
+    """
+
+    model: Any
+    new_modules: tuple[str, ...]
 
 
 class TrainingTask(Protocol):
@@ -34,8 +48,8 @@ class TrainingTask(Protocol):
     def encode(self, rows: Sequence[Row], report: CleaningReport) -> Encoded:
         """Token ids and labels of `rows`, at most `max_length` long; what is cut is counted in `report`."""
 
-    def load_model(self, folder: Path, device: torch.device) -> Any:
-        """The base as transformers' model class for this task, float32."""
+    def load_model(self, folder: Path, device: torch.device) -> LoadedModel:
+        """The base as transformers' model class for this task."""
 
     def collator(self, model: Any, examples: Sequence[Example]) -> PadRight:
         """Batches for `model`; `examples` are all that will ever be batched."""
@@ -64,3 +78,14 @@ def end_token_ids(tokenizer: Tokenizer, *configs: Mapping[str, Any]) -> frozense
         if value is not None:
             found.update(value if isinstance(value, list) else [value])
     return frozenset(found)
+
+
+def load(model_class: Any, folder: Path, device: torch.device, **settings: Any) -> LoadedModel:
+    """`model_class.from_pretrained` without running code of the folder; a head that was made new counts as one."""
+    model, information = model_class.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **settings
+    )
+    owners = {name.rpartition(".")[0] for name in information["missing_keys"]}
+    heads = {head for head in HEADS if getattr(model, head, None) is not None}
+    within = {owner for owner in owners if owner.partition(".")[0] in heads}
+    return LoadedModel(model.to(device), tuple(sorted((owners - within) | {o.partition(".")[0] for o in within})))

@@ -14,7 +14,7 @@ from adapterbay.base.text import Tokenizer
 from adapterbay.registry.errors import InvalidArgument
 from adapterbay.trainer.batches import IGNORED, Example, PadRight
 from adapterbay.trainer.data import CleaningReport, Conversation, PromptCompletion, Row
-from adapterbay.trainer.tasks.base import Encoded
+from adapterbay.trainer.tasks.base import Encoded, LoadedModel, load
 from adapterbay.trainer.tasks.completion import encode_messages, encode_pair
 
 
@@ -55,12 +55,18 @@ class CausalLanguageModelling:
             )
         return Encoded(examples, tuple(kept))
 
-    def load_model(self, folder: Path, device: torch.device) -> Any:
-        """The base with its own language-model head."""
+    def load_model(self, folder: Path, device: torch.device) -> LoadedModel:
+        """The base with its own language-model head. Raises InvalidArgument if it has none."""
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-        return model.to(device)
+        loaded = load(AutoModelForCausalLM, folder, device)
+        if loaded.new_modules:
+            raise InvalidArgument(
+                f"base: it is no language model for task causal-lm: it has no weights for "
+                f"{', '.join(loaded.new_modules[:5])}.",
+                field="base",
+            )
+        return loaded
 
     def collator(self, model: Any, examples: Sequence[Example]) -> PadRight:  # noqa: ARG002 - other tasks need them
         """Labels are masked by position, so which id pads does not matter."""

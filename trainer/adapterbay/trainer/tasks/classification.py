@@ -12,7 +12,7 @@ import torch
 from adapterbay.base.text import Tokenizer, encode_text
 from adapterbay.trainer.batches import Example, PadRight, padding_id_for_classes
 from adapterbay.trainer.data import CleaningReport, Labelled, Row, TrainingData
-from adapterbay.trainer.tasks.base import Encoded
+from adapterbay.trainer.tasks.base import Encoded, LoadedModel, load
 
 
 class SequenceClassification:
@@ -41,20 +41,20 @@ class SequenceClassification:
             examples.append({"input_ids": input_ids, "labels": row.label})
         return Encoded(examples, tuple(rows))
 
-    def load_model(self, folder: Path, device: torch.device) -> Any:
+    def load_model(self, folder: Path, device: torch.device) -> LoadedModel:
         """The base with a randomly initialised head of one output per class."""
         from transformers import AutoModelForSequenceClassification
 
         names = dict(enumerate(self._labels))
-        model = AutoModelForSequenceClassification.from_pretrained(
+        numbers = {name: index for index, name in names.items()}
+        return load(
+            AutoModelForSequenceClassification,
             folder,
+            device,
             num_labels=len(names),
             id2label=names,
-            label2id={name: index for index, name in names.items()},
-            dtype=torch.float32,
-            trust_remote_code=False,
+            label2id=numbers,
         )
-        return model.to(device)
 
     def collator(self, model: Any, examples: Sequence[Example]) -> PadRight:
         """Pads with an id that cannot be taken for a text's last token, and tells the model so."""
