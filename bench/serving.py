@@ -72,7 +72,7 @@ def peak_since_reset_mb() -> float:
     return peak_memory_mb()
 
 
-# What each system must do: take `batch` prompts over `adapters` adapters, return (tokens, seconds, first token seconds).
+# One round of a workload: (tokens, seconds, first token's seconds).
 Round = Callable[[], tuple[int, float, float]]
 
 
@@ -158,7 +158,6 @@ def run_peft(work: Path, rounds: int, dtype: str) -> Iterator[Measured]:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-    from transformers.generation.streamers import BaseStreamer
 
     from adapterbay.base.text import load_tokenizer
     from adapterbay.registry.base import locate
@@ -167,18 +166,6 @@ def run_peft(work: Path, rounds: int, dtype: str) -> Iterator[Measured]:
     tokenizer = load_tokenizer(folder)
     tokenizer.padding_side = "left"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-
-    class FirstToken(BaseStreamer):
-        """Notes when the first new tokens came; the prompt is put first."""
-
-        def __init__(self) -> None:
-            self.at: list[float] = []
-
-        def put(self, value: Any) -> None:
-            self.at.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
 
     def round_of(model: Any, batch: int, names: list[str] | None) -> Round:
         inputs = tokenizer([prompt(i) for i in range(batch)], return_tensors="pt", padding=True)
@@ -194,7 +181,7 @@ def run_peft(work: Path, rounds: int, dtype: str) -> Iterator[Measured]:
             return time.perf_counter() - began
 
         def run() -> tuple[int, float, float]:
-            # generate() streams only for one row, so the first token is timed by a run of its own
+            # generate() streams for one row only, so the first token is timed by a run of its own
             first = generate(1)
             return batch * NEW_TOKENS, generate(NEW_TOKENS), first
 

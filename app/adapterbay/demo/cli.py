@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +23,9 @@ def demo(
     with guarded():
         if keep is not None and keep.exists() and any(keep.iterdir()):
             raise InvalidArgument(f"{keep} is not empty; name another folder.", field="keep")
-        _quiet()
+        from adapterbay.base.quiet import quiet_libraries
+
+        quiet_libraries()
         with tempfile.TemporaryDirectory(prefix="adapterbay-demo-") as scratch:
             folder = keep or Path(scratch)
             folder.mkdir(parents=True, exist_ok=True)
@@ -50,14 +50,3 @@ def _run(folder: Path) -> dict[str, object]:
         narrator.say(f"{'✓' if held else '✗'} {claim}")
     narrator.say(f"\n   {'All of it held' if report['ok'] else 'NOT all of it held'}; {report['seconds']} s in all.")
     return report
-
-
-def _quiet() -> None:
-    """Libraries' own bars and notices would break the story; what matters of them is told by its steps."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -154,3 +154,7 @@ def _configure_logging(level: str) -> None:
     if level not in LOG_LEVELS:
         raise InvalidArgument(f"The log level {level!r} is not one of {', '.join(LOG_LEVELS)}.", field="log_level")
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if level != "debug":
+        from adapterbay.base.quiet import quiet_libraries
+
+        quiet_libraries()

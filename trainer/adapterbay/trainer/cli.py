@@ -41,9 +41,10 @@ def run_command(
     Any setting can be given again as a flag after CONFIG: --section.key value, or --key value where only one section
     has the key; --data.train_samples 64, --epochs=2, --overwrite.
     """
-    # OpenMP threads that wait without spinning. libgomp reads it when torch is loaded, which is later. Measured: beside
-    # another busy process on 2 cores a training step takes 1.3 s instead of 13 s.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # How long an OpenMP thread spins before it sleeps; libgomp reads it when torch is loaded, which is later. With its
+    # own default (300,000) two busy processes on two cores stop each other at every barrier: 8 training steps took
+    # 103 s beside another process, 15 s with this; alone they take 6.3 s and 6.6 s.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     # It warns at import of a 4-bit kernel that training does not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with _reported_errors():

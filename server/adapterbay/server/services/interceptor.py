@@ -102,7 +102,7 @@ def _parsed(parse: Parser, request: bytes) -> Any:
         raise InvalidArgument(f"The request is not a valid message: {error}.", reason="MALFORMED_MESSAGE") from error
 
 
-class _CallerGone(Exception):  # noqa: N818 - an end, not an error
+class _CallerGone(Exception):
     """A message could not be sent: there is nobody to tell anything any more."""
 
 
