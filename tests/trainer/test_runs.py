@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from adapterbay.base.text import chat_template_digest, encode_text, load_tokenizer
+from adapterbay.base.text import encode_text, load_tokenizer
 from adapterbay.registry.base import locate
 from adapterbay.trainer import StepReport, TrainingConfig, TrainingResult, run
 from adapterbay.trainer.batches import PadRight
@@ -126,7 +126,7 @@ def test_record_and_folder_are_complete(configure: Configure, chat_base: Path, r
     assert set(record) == TOP_LEVEL_KEYS
     files = locate(str(chat_base))
     assert record["base"] == {"reference": str(files.reference), "fingerprint": files.fingerprint}
-    assert record["chat_template_digest"] == chat_template_digest(load_tokenizer(chat_base))
+    assert record["chat_template_digest"] == files.chat_template_digest
     data = prepare(config)
     assert record["data"]["digest"] == digest(data.train, data.evaluation)
     assert (record["data"]["source"], record["data"]["train_rows"], record["data"]["eval_rows"]) == (

@@ -11,6 +11,7 @@ import typer
 
 from adapterbay.registry.console import guarded
 from adapterbay.registry.errors import InvalidArgument
+from adapterbay.registry.threads import be_a_good_neighbour
 
 
 def demo(
@@ -20,6 +21,7 @@ def demo(
     ] = None,
 ) -> None:
     """Train, push, serve, swap, fuse and compare: the whole product on a real model and real reviews."""
+    be_a_good_neighbour()
     with guarded():
         if keep is not None and keep.exists() and any(keep.iterdir()):
             raise InvalidArgument(f"{keep} is not empty; name another folder.", field="keep")

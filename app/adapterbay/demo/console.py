@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -60,16 +60,19 @@ class Narrator:
             disable=not self._console.is_terminal,
         )
         with progress:
-            yield Bar(progress, text, total)
+            yield Bar(progress, text, total, None if self._console.is_terminal else self.say)
 
 
 class Bar:
-    """One bar; also listens to a training run."""
+    """One bar; also listens to a training run. Where no terminal is, `say` gets a line at every quarter instead."""
 
-    def __init__(self, progress: Progress, text: str, total: int | None) -> None:
+    def __init__(self, progress: Progress, text: str, total: int | None, say: Callable[[str], None] | None) -> None:
         self._progress = progress
         self._text = text
+        self._say = say
         self._task = progress.add_task(text, total=total)
+        if say is not None:
+            say(f"{text} …")
 
     def advance(self, count: int = 1) -> None:
         """So many more are done."""
@@ -81,6 +84,8 @@ class Bar:
 
     def step(self, report: StepReport) -> None:
         """The trainer did a step."""
+        if self._say is not None and report.step % max(report.total_steps // 4, 1) == 0:
+            self._say(f"  step {report.step} of {report.total_steps}, loss {report.loss:.2f}, {report.seconds:.0f} s")
         self._progress.update(
             self._task,
             total=report.total_steps,

@@ -6,7 +6,6 @@ functions and nobody else builds a prompt.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,11 +64,3 @@ def encode_conversation(
     """Ids of a rendered conversation. The template writes its own special tokens, so none are added."""
     rendered = render_conversation(tokenizer, messages, add_generation_prompt=add_generation_prompt)
     return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def chat_template_digest(tokenizer: Tokenizer) -> str | None:
-    """`sha256:` digest of the chat template's text, or None where the base has none."""
-    template = tokenizer.chat_template
-    if not template:
-        return None
-    return "sha256:" + hashlib.sha256(str(template).encode()).hexdigest()

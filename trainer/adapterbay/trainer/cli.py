@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from adapterbay.registry.console import USAGE_EXIT_CODE, guarded, write_json
 from adapterbay.registry.errors import AdapterbayError, Cancelled
+from adapterbay.registry.threads import be_a_good_neighbour
 from adapterbay.trainer import StepReport, TrainingResult, load_config, parse_flags, run
 
 app = typer.Typer(name="trainer", help="Train adapters for a base.", no_args_is_help=True, add_completion=False)
@@ -41,10 +41,7 @@ def run_command(
     Any setting can be given again as a flag after CONFIG: --section.key value, or --key value where only one section
     has the key; --data.train_samples 64, --epochs=2, --overwrite.
     """
-    # How long an OpenMP thread spins before it sleeps; libgomp reads it when torch is loaded, which is later. With its
-    # own default (300,000) two busy processes on two cores stop each other at every barrier: 8 training steps took
-    # 103 s beside another process, 15 s with this; alone they take 6.3 s and 6.6 s.
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    be_a_good_neighbour()
     # It warns at import of a 4-bit kernel that training does not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with _reported_errors():

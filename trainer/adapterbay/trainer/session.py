@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from adapterbay.base.text import Tokenizer, chat_template_digest, load_tokenizer
+from adapterbay.base.text import Tokenizer, load_tokenizer
 from adapterbay.registry.base import BaseFiles, locate
 from adapterbay.registry.errors import Cancelled, InvalidArgument
 from adapterbay.trainer import hardware, methods, output
@@ -184,7 +184,7 @@ def _record(
         "base": {"reference": str(inputs.base.reference), "fingerprint": inputs.base.fingerprint},
         "task": config.task,
         "labels": list(data.labels),
-        "chat_template_digest": chat_template_digest(inputs.tokenizer),
+        "chat_template_digest": inputs.base.chat_template_digest,
         "max_length": config.max_length,
         "settings": config.model_dump(mode="json") | {"precision": precision},
         "data": {

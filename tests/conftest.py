@@ -1,0 +1,7 @@
+"""Set before torch is loaded: tests start servers and trainers beside themselves."""
+
+from __future__ import annotations
+
+from adapterbay.registry.threads import be_a_good_neighbour
+
+be_a_good_neighbour()
