@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterbay.server.layers import FEW_TOKENS, AdapterMix, MixedLinear, RankPool, Run, step_context
+from adapterbay.server.packed import PackedLinear, can_pack
 
 IN, OUT = 24, 40
 
@@ -104,7 +105,7 @@ def test_freed_rows_are_reused_and_leave_no_trace() -> None:
     x = torch.randn(6, IN)
     runs = [Run(i, i + 1, ((f"a{i}", 1.0),)) for i in range(6)]
     y = torch.zeros(6, OUT)
-    AdapterMix(6, runs, torch.float32, torch.device("cpu")).add_to(y, x, pool)
+    y = AdapterMix(6, runs, torch.float32, torch.device("cpu")).add_to(y, x, pool)
     torch.testing.assert_close(y.double(), naive(x, runs, adapters, OUT), rtol=1e-5, atol=2e-3)
     for key in adapters:
         pool.remove(key)
@@ -143,3 +144,43 @@ def test_a_mix_for_other_tokens_is_an_error_and_not_a_guess() -> None:
             layer(torch.randn(3, IN))
     finally:
         step_context.mix = None
+
+
+@pytest.mark.skipif(not can_pack(torch.bfloat16, torch.device("cpu")), reason="this CPU has no native bfloat16")
+@pytest.mark.parametrize("lengths", [[1] * 8, [1, 1, 1, FEW_TOKENS + 9, 5, 1, FEW_TOKENS, 2]])
+def test_packed_pools_follow_every_change(lengths: list[int]) -> None:
+    """The packed copy of a pool must never outlive a placed or removed adapter. Tolerance: bfloat16 has 8 bits, and
+    the sums have up to 88 terms of size about 1."""
+    adapters = random_adapters(8)
+    layer = MixedLinear(PackedLinear(nn.Linear(IN, OUT, dtype=torch.bfloat16)), IN, OUT)
+    layer.pool = pool = RankPool(IN, OUT, torch.bfloat16, torch.device("cpu"))
+    for key, (a, b, scaling) in adapters.items():
+        pool.place(key, 0.1 * a, 0.1 * b, scaling)
+    runs, at = [], 0
+    for index, length in enumerate(lengths):
+        runs.append(Run(at, at + length, ((f"a{index}", 1.0),)))
+        at += length
+    x = torch.randn(1, at, IN, dtype=torch.bfloat16)
+    present = {key: (0.1 * a, 0.1 * b, s) for key, (a, b, s) in adapters.items()}
+
+    def check() -> None:
+        step_context.mix = AdapterMix(at, runs, torch.bfloat16, torch.device("cpu"))
+        try:
+            with torch.inference_mode():
+                got = layer(x)[0].double()
+                base = layer.base_layer(x)[0].double()
+        finally:
+            step_context.mix = None
+        torch.testing.assert_close(got - base, naive(x[0].float(), runs, present, OUT), rtol=0.05, atol=0.05)
+
+    check()
+    for key in ("a3", "a0", "a7"):
+        pool.remove(key)
+        del present[key]
+        check()
+    fresh = random_adapters(8, seed=5)
+    for key in ("a7", "a3"):
+        a, b, scaling = fresh[key]
+        pool.place(key, 0.1 * a, 0.1 * b, scaling)
+        present[key] = (0.1 * a, 0.1 * b, scaling)
+        check()

@@ -206,3 +206,25 @@ def test_over_the_same_nf4_base(architecture: str, zoos: dict[str, Zoo]) -> None
                 expected = reference_logits(alone, text, answer.generated().token_ids)
             got = torch.stack(harness.logits[answer.request.id])  # type: ignore[union-attr]
             torch.testing.assert_close(got, expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no native bfloat16")
+def test_in_bfloat16_rows_stay_close_to_float32(zoos: dict[str, Zoo]) -> None:
+    """The default on such CPUs, with packed weights. bfloat16 keeps 8 bits, so PEFT in bfloat16 and we are both off
+    from float32; we may be off by no more than twice what PEFT is, plus a bfloat16 step of a logit of size 4."""
+    zoo = zoos["llama"]
+    texts = prompts(len(ALL), seed=11, longest=40)
+    with Harness(zoo.base, zoo.registry, dtype="bfloat16", max_rows=12) as harness:
+        answers = [harness.generate(selection, text, 4) for selection, text in zip(ALL, texts, strict=True)]
+        for answer in answers:
+            answer.wait()
+    exact = References(load_reference(zoo.base), zoo.folders, ALL)
+    coarse = References(load_reference(zoo.base, dtype=torch.bfloat16), zoo.folders, ALL)
+    for answer, selection, text in zip(answers, ALL, texts, strict=True):
+        tokens = answer.generated().token_ids
+        with exact.of(selection) as model:
+            expected = reference_logits(model, text, tokens)
+        with coarse.of(selection) as model:
+            theirs = (reference_logits(model, text, tokens) - expected).abs().max()
+        ours = (torch.stack(harness.logits[answer.request.id]) - expected).abs().max()  # type: ignore[union-attr]
+        assert ours <= 2 * theirs + 2**-6 * 4, (selection, ours, theirs)

@@ -13,7 +13,6 @@ import typer
 from pydantic import ValidationError
 
 from adapterbay.registry.errors import AdapterbayError, InvalidArgument
-from adapterbay.registry.threads import be_a_good_neighbour
 from adapterbay.server.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ def start(
     json_ready: Annotated[bool, typer.Option("--json-ready", help="Say what is held as one JSON line.")] = False,
 ) -> None:
     """Load the base and serve until SIGTERM or Ctrl-C; calls under way finish first."""
-    be_a_good_neighbour()
     _configure_logging(log_level)
     config = read_config(
         base=base,

@@ -22,6 +22,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from adapterbay.server import packed
+
 FEW_TOKENS = 32
 """A run of at least this many tokens under one arm gets products of its own; shorter runs are masked together."""
 
@@ -74,6 +76,8 @@ class RankPool:
         self.b = torch.zeros(0, out_features, dtype=dtype, device=device)
         self.spans: dict[str, Span] = {}
         self.layout = Layout.of({})
+        self._packs = packed.can_pack(dtype, device)
+        self._packed: tuple[slice, Tensor, Tensor] | None = None
 
     def place(self, digest: str, a: Tensor, b: Tensor, scaling: float) -> None:
         """Copies one adapter in. `a` [rank, in], `b` [rank, out] (B transposed)."""
@@ -119,8 +123,17 @@ class RankPool:
         grown_b[: self.b.shape[0]] = self.b
         self.a, self.b = grown_a, grown_b
 
+    def packed(self, rows: slice) -> tuple[Tensor, Tensor] | None:
+        """A and B of these rows in oneDNN's layout, packed anew when the pool changed; None where packing is no use."""
+        if not self._packs:
+            return None
+        if self._packed is None or self._packed[0] != rows:
+            self._packed = (rows, packed.pack(self.a[rows]), packed.pack(self.b[rows].t()))
+        return self._packed[1:]
+
     def _relayout(self) -> None:
         self.layout = Layout.of(self.spans)
+        self._packed = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +174,7 @@ class AdapterMix:
         self._plans: dict[Layout, Plan] = {}
 
     def add_to(self, y: Tensor, x: Tensor, pool: RankPool) -> Tensor:
-        """Adds every token's deltas to `y` [..., out] in place, from `x` [..., in], and returns it."""
+        """`y` [..., out] with every token's deltas added, from `x` [..., in]; `y` itself may be changed."""
         plan = self._plans.get(pool.layout)
         if plan is None:
             plan = self._plans[pool.layout] = self._plan(pool.layout)
@@ -172,6 +185,15 @@ class AdapterMix:
             raise RuntimeError(f"a mix of {self.tokens} tokens met a layer input of {flat_x.shape[0]}")
         flat_y = y.view(-1, y.shape[-1])
         for part in plan:
+            if isinstance(part, _Masked) and isinstance(part.rows, slice) and (pair := pool.packed(part.rows)):
+                h = packed.linear(flat_x[part.start : part.stop], pair[0])
+                h = torch.where(part.used, h * part.weights, 0)
+                mine = flat_y[part.start : part.stop]
+                added = packed.linear_add(h, pair[1], mine)
+                if part.stop - part.start == self.tokens and len(plan) == 1:
+                    return added.view_as(y)
+                mine.copy_(added)
+                continue
             a, b = (
                 (pool.a[part.rows], pool.b[part.rows])
                 if isinstance(part.rows, slice)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from adapterbay.server.attention import AttentionPlan
 from adapterbay.server.config import ServerConfig
 from adapterbay.server.kv import LayerShape
 from adapterbay.server.layers import AdapterMix, MixedLinear, step_context
+from adapterbay.server.packed import PackedLinear, can_pack
 
 UNSTABLE_ROPE = ("dynamic", "longrope")
 """Rotary scalings whose frequencies depend on the longest row of the batch: one row would change another."""
@@ -54,7 +55,12 @@ class ServingModel:
         if isinstance(rope, dict) and rope.get("rope_type") in UNSTABLE_ROPE:
             raise UnsupportedMethod(f"Rotary scaling {rope['rope_type']!r} is not served: it would mix rows.")
         backbone = base.backbone
-        layers = wrap_linears(backbone)
+        packs = base.info.quantization == "none" and can_pack(
+            getattr(torch, base.info.dtype), torch.device(base.info.device)
+        )
+        layers = wrap_linears(backbone, packs=packs)
+        if packs and base.info.kind == "causal-lm":
+            pack_head(base)
         pooler = None
         if base.info.kind == "encoder" and getattr(backbone, "pooler", None) is not None:
             pooler = backbone.get_submodule("pooler") if base.has_pooler else None
@@ -151,8 +157,21 @@ class ServingModel:
         return [shapes[layer] for layer in sorted(shapes)]
 
 
-def wrap_linears(backbone: nn.Module) -> dict[str, MixedLinear]:
-    """Puts a MixedLinear in the place of every linear layer (bitsandbytes' and GPT-2's Conv1D too); by path."""
+def pack_head(base: LoadedBase) -> None:
+    """Packs the language-model head. A head that shares its weight with the embeddings is held twice from then on."""
+    head = base.model.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is not nn.Linear:
+        return
+    base.model.set_output_embeddings(PackedLinear(head))  # type: ignore[operator]
+    if base.model.config.tie_word_embeddings:  # type: ignore[union-attr]
+        base.info = replace(base.info, bytes=base.info.bytes + head.weight.nbytes)
+
+
+def wrap_linears(backbone: nn.Module, *, packs: bool) -> dict[str, MixedLinear]:
+    """Puts a MixedLinear in the place of every linear layer (bitsandbytes' and GPT-2's Conv1D too); by path.
+
+    `packs`: plain layers' weights go into oneDNN's layout, and out of their own.
+    """
     wrapped: dict[str, MixedLinear] = {}
     for path, module in list(backbone.named_modules()):
         if isinstance(module, Conv1D):
@@ -162,6 +181,6 @@ def wrap_linears(backbone: nn.Module) -> dict[str, MixedLinear]:
         else:
             continue
         parent_path, _, name = path.rpartition(".")
-        wrapped[path] = MixedLinear(module, *size)
+        wrapped[path] = MixedLinear(PackedLinear(module) if packs and type(module) is nn.Linear else module, *size)
         setattr(backbone.get_submodule(parent_path), name, wrapped[path])
     return wrapped

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from adapterbay.server.adapters.residency import Resident
 from adapterbay.server.batch import Group, Row
 from adapterbay.server.layers import MixedLinear, RankPool
@@ -13,8 +15,15 @@ from adapterbay.server.layers import MixedLinear, RankPool
 class DeviceMemory:
     """Places adapters into the layers' pools within a budget; idle ones give way, pinned ones last."""
 
-    def __init__(self, layers: Mapping[str, MixedLinear], pools: Mapping[str, RankPool], budget_bytes: int) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, MixedLinear],
+        pools: Mapping[str, RankPool],
+        budget_bytes: int,
+        dtype: torch.dtype,
+    ) -> None:
         self._pools = pools
+        self._dtype = dtype
         for name, pool in pools.items():
             layers[name].pool = pool
         self._budget = budget_bytes
@@ -26,11 +35,15 @@ class DeviceMemory:
         """The most that placed adapters may take together."""
         return self._budget
 
+    def size(self, resident: Resident) -> int:
+        """What an adapter takes in the pools, in bytes."""
+        return device_bytes(resident, self._dtype)
+
     def seat(self, group: Group) -> bool:
         """Places and holds every adapter of the group; False, with nothing changed for it, when there is no room."""
         wanted = {r.key: r for row in group.rows for r in row.residents}
         missing = [r for key, r in wanted.items() if key not in self._placed]
-        if not self._make_room(sum(device_bytes(r) for r in missing), wanted):
+        if not self._make_room(sum(map(self.size, missing)), wanted):
             return False
         for resident in missing:
             self._place(resident)
@@ -52,7 +65,7 @@ class DeviceMemory:
         for name in resident.ready.layers:
             self._pools[name].remove(resident.key)
         resident.on_device = False
-        self.used_bytes -= device_bytes(resident)
+        self.used_bytes -= self.size(resident)
 
     def placed(self) -> Iterable[Resident]:
         """Who is on the device, the least recently used first."""
@@ -63,12 +76,12 @@ class DeviceMemory:
             self._pools[name].place(resident.key, layer.a, layer.b, layer.scaling)
         self._placed[resident.key] = resident
         resident.on_device = True
-        self.used_bytes += device_bytes(resident)
+        self.used_bytes += self.size(resident)
 
     def _make_room(self, needed: int, wanted: Mapping[str, Resident]) -> bool:
         idle = [r for r in self._placed.values() if not r.seats and r.key not in wanted]
         idle.sort(key=lambda r: r.pinned)  # stable: within each half the least recently used stay first
-        if self.used_bytes - sum(map(device_bytes, idle)) + needed > self._budget:
+        if self.used_bytes - sum(map(self.size, idle)) + needed > self._budget:
             return False
         for resident in idle:
             if self.used_bytes + needed <= self._budget:
@@ -77,6 +90,6 @@ class DeviceMemory:
         return True
 
 
-def device_bytes(resident: Resident) -> int:
-    """What an adapter takes in the layers' pools."""
-    return sum(layer.a.nbytes + layer.b.nbytes for layer in resident.ready.layers.values())
+def device_bytes(resident: Resident, dtype: torch.dtype) -> int:
+    """What an adapter takes in pools of `dtype`."""
+    return dtype.itemsize * sum(layer.a.numel() + layer.b.numel() for layer in resident.ready.layers.values())

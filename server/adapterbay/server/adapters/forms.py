@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
@@ -19,7 +18,8 @@ from adapterbay.registry.manifest import WEIGHTS_FILE
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """One layer's delta: `scaling · Bᵀ` rows after `A` rows. a [rank, in], b [rank, out]."""
+    """One layer's delta, as it was stored: a [rank, in], b [rank, out] (a view of B). Placing it casts and copies, on
+    the engine's thread, so that loading threads compute nothing (see `Engine.create`)."""
 
     a: Tensor
     b: Tensor
@@ -58,7 +58,6 @@ def build_form(
     files: Mapping[str, bytes],
     base: BaseFiles,
     sites: Mapping[str, tuple[int, int]],
-    dtype: torch.dtype,
 ) -> ServingForm:
     """Admits an adapter's files once more, against this very base, and reads them.
 
@@ -75,8 +74,8 @@ def build_form(
         if site in layers:
             raise Rejected(f"The adapter names layer {site} twice.", reason="UNKNOWN_MODULE")
         layers[site] = LowRank(
-            a=tensors[module.a_key].to(dtype),
-            b=tensors[module.b_key].t().contiguous().to(dtype),
+            a=tensors[module.a_key],
+            b=tensors[module.b_key].t(),
             scaling=module.scaling,
         )
     head = None
