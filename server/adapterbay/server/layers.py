@@ -76,7 +76,7 @@ class RankPool:
         self.b = torch.zeros(0, out_features, dtype=dtype, device=device)
         self.spans: dict[str, Span] = {}
         self.layout = Layout.of({})
-        self._packs = packed.can_pack(dtype, device)
+        self.packs = packed.can_pack(dtype, device)
         self._packed: tuple[slice, Tensor, Tensor] | None = None
 
     def place(self, digest: str, a: Tensor, b: Tensor, scaling: float) -> None:
@@ -125,7 +125,7 @@ class RankPool:
 
     def packed(self, rows: slice) -> tuple[Tensor, Tensor] | None:
         """A and B of these rows in oneDNN's layout, packed anew when the pool changed; None where packing is no use."""
-        if not self._packs:
+        if not self.packs:
             return None
         if self._packed is None or self._packed[0] != rows:
             self._packed = (rows, packed.pack(self.a[rows]), packed.pack(self.b[rows].t()))
@@ -199,6 +199,11 @@ class AdapterMix:
                 if isinstance(part.rows, slice)
                 else (pool.a.index_select(0, part.rows), pool.b.index_select(0, part.rows))
             )
+            if pool.packs and isinstance(part, _Single) and part.stop - part.start == 1:
+                # one row: broadcasting reads each factor once, where oneDNN lays it out first
+                h = (flat_x[part.start] * a).sum(-1).mul_(part.factor)
+                flat_y[part.start] += (h[:, None] * b).sum(0)
+                continue
             h = torch.mm(flat_x[part.start : part.stop].to(a.dtype), a.t())
             if isinstance(part, _Single):
                 h.mul_(part.factor)
