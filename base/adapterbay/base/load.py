@@ -76,7 +76,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def pick_quantization(quantize: str, device: torch.device) -> Quantization:
-    """`auto` is nf4 on CUDA, where it saves the most memory, and int8-free `none` on a CPU (docs/decisions/0003)."""
+    """`auto` is nf4 on CUDA and none on a CPU; docs/decisions/0003 says why."""
     if quantize not in QUANTIZATIONS:
         raise InvalidArgument(
             f"quantize is {quantize!r}; it must be one of {', '.join(QUANTIZATIONS)}.", field="quantize"
