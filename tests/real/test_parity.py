@@ -39,9 +39,17 @@ ARMS: list[Selection] = [
 ]
 
 
-@pytest.mark.parametrize("popularity", ["distinct", "skewed"])
+POPULARITY: dict[str, list[Selection]] = {
+    "distinct": ARMS,
+    "identical": ["a5"] * 8,
+    "uniform": [ARMS[i % 3] for i in range(8)],
+    "skewed": [ARMS[i] for i in (5, 5, 5, 5, 5, 8, 10, 1, 6)],
+}
+
+
+@pytest.mark.parametrize("popularity", POPULARITY)
 def test_smollm2_generates_as_peft_does(popularity: str, smollm2: Zoo) -> None:
-    arms = ARMS if popularity == "distinct" else [ARMS[i] for i in (5, 5, 5, 5, 5, 5, 8, 8, 10, 10, 1, 6)]
+    arms = POPULARITY[popularity]
     with Harness(SMOLLM2, smollm2.registry, max_rows=8, step_tokens=64) as harness:
         prompts = [
             encode_conversation(

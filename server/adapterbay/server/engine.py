@@ -18,6 +18,7 @@ from adapterbay.registry import Registry, Resolved
 from adapterbay.registry.errors import (
     AdapterbayError,
     BaseMismatch,
+    Cancelled,
     InvalidArgument,
     QueueFull,
     TaskMismatch,
@@ -197,11 +198,15 @@ class Engine:
 
     def stop(self, drain_seconds: float = 0.0) -> None:
         """Refuses new rows, lets the others finish for so long, cancels what is left, and ends the threads."""
-        self._accepting = False
+        with self._lock:
+            self._accepting = False
         deadline = time.monotonic() + drain_seconds
         while self._rows and time.monotonic() < deadline:
             time.sleep(0.01)
         self._loop.stop()
+        for row in list(self._rows.values()):  # submitted while the loop ended: nobody else will tell them
+            row.request.listener(Cancelled("The server is stopping."))
+            self._left(row)
         self.adapters.memory.close()
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -211,11 +216,11 @@ class Engine:
         and then nothing was queued. Adapters that are not in memory begin to load; what goes wrong there comes to
         the listeners.
         """
-        if not self._accepting:
-            raise Unavailable("The server is starting or stopping; it takes no requests now.")
         for request in requests:
             self._check(request)
         with self._lock:
+            if not self._accepting:
+                raise Unavailable("The server is starting or stopping; it takes no requests now.")
             waiting = len(self._rows)
             if waiting + len(requests) > self.config.max_queue + self.config.max_rows:
                 raise QueueFull(
