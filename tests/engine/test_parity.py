@@ -181,25 +181,28 @@ def _head_input(model: object, wrapped: torch.nn.Module, text: Sequence[int], ar
     return seen[0][0] if architecture == "bert" else seen[0][0, -1]
 
 
-@pytest.mark.parametrize("architecture", CAUSAL)
-def test_over_the_same_nf4_base(architecture: str, zoos: dict[str, Zoo]) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "quantize"), [*((name, "nf4") for name in CAUSAL), *((name, "int8") for name in CAUSAL)]
+)
+def test_over_the_same_quantized_base(architecture: str, quantize: str, zoos: dict[str, Zoo]) -> None:
     """PEFT over transformers' own bitsandbytes base against ours, computing in float32.
 
     Tolerance 0.05 in logits (of size up to 5): the quantized weights are bit-equal, but on a CPU with AVX512-BF16
     bitsandbytes' 4-bit product rounds activations and results to bfloat16 whatever the compute dtype, so that a last
-    bit that differs upstream can become one bfloat16 step (2^-8 of a value) downstream. Measured: up to 0.012. The
+    bit that differs upstream can become one bfloat16 step (2^-8 of a value) downstream; INT8 rounds activations to 8
+    bits for each token, with the same consequence. Measured: up to 0.012. The
     adapters' own effects are above 1.
     """
     zoo = zoos[architecture]
     texts = prompts(len(ALL), seed=7, longest=40)
-    with Harness(zoo.base, zoo.registry, quantize="nf4", max_rows=8, step_tokens=48) as harness:
-        assert harness.engine.base.quantization == "nf4"
+    with Harness(zoo.base, zoo.registry, quantize=quantize, max_rows=8, step_tokens=48) as harness:
+        assert harness.engine.base.quantization == quantize
         answers = [harness.generate(selection, text, 6) for selection, text in zip(ALL, texts, strict=True)]
         for answer in answers:
             answer.wait()
         from adapterbay.base.load import quantization_config
 
-        model = load_reference(zoo.base, quantization_config=quantization_config("nf4", torch.float32))
+        model = load_reference(zoo.base, quantization_config=quantization_config(quantize, torch.float32))
         references = References(model, zoo.folders, ALL)
         for answer, selection, text in zip(answers, ALL, texts, strict=True):
             with references.of(selection) as alone:
