@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from adapterbay.server.requests import ClassifyTask, EmbedTask, GenerateTask, PositionChances, Request
+from adapterbay.server.requests import ClassifyTask, EmbedTask, GenerateTask, Request
 
 if TYPE_CHECKING:
     from adapterbay.server.adapters.residency import Resident
@@ -34,7 +34,6 @@ class Row:
     computed: int = 0  # [loop] tokens that went through the base
     blocks: list[int] = field(default_factory=list)  # [scheduler] this row's blocks, in order
     output: Any = None  # [loop] `generation.Generating` or `pooling.Pooling`: what the row's task needs to remember
-    chances: list[PositionChances] = field(default_factory=list)  # [loop]
     loaded_at: float = 0.0  # [engine] when its adapters were in host memory
     started_at: float = 0.0  # [loop] when its first step began
     first_at: float = 0.0  # [loop] when its prompt was processed

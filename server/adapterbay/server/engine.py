@@ -163,8 +163,6 @@ class Engine:
         self._loop = Loop(
             scheduler,
             Runner(model, self._blocks),
-            self._blocks,
-            self._device,
             pooler=model.pooler is not None,
             encoder=not model.causal,
             left=self._left,

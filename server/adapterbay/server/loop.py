@@ -15,10 +15,8 @@ from collections.abc import Callable
 import torch
 
 from adapterbay.registry.errors import AdapterbayError, Cancelled, DeadlineExceeded, EngineFault
-from adapterbay.server.adapters.device import DeviceMemory
 from adapterbay.server.batch import Group, Phase, Row
 from adapterbay.server.generation import Generating
-from adapterbay.server.kv import BlockPool
 from adapterbay.server.pooling import StatePooler, blend_heads, label_logits
 from adapterbay.server.requests import (
     ClassifyResult,
@@ -44,8 +42,6 @@ class Loop:
         self,
         scheduler: Scheduler,
         runner: Runner,
-        blocks: BlockPool,
-        device: DeviceMemory,
         *,
         pooler: bool,
         encoder: bool,
@@ -54,8 +50,6 @@ class Loop:
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
-        self._blocks = blocks
-        self._device = device
         self._has_pooler = pooler
         self._encoder = encoder
         self._left = left

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from adapterbay.base.load import LoadedBase, load_base, position_offset
 from adapterbay.registry.errors import UnsupportedMethod
 from adapterbay.server import attention
-from adapterbay.server.attention import AttentionPlan
+from adapterbay.server.attention import AttentionPlan, Segment
 from adapterbay.server.config import ServerConfig
 from adapterbay.server.kv import LayerShape
 from adapterbay.server.layers import AdapterMix, MixedLinear, step_context
@@ -140,8 +140,6 @@ class ServingModel:
     def _probe(self) -> list[LayerShape]:
         """Runs three tokens and notes what each attention layer caches."""
         found: list[tuple[int, LayerShape]] = []
-        from adapterbay.server.attention import Segment
-
         plan = AttentionPlan(causal=self.causal, segments=(Segment(0, 3, None),), probe=found)
         ids = torch.zeros(3, dtype=torch.long, device=self.device)
         with torch.inference_mode():
