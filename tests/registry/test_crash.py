@@ -17,7 +17,7 @@ from registry_tools import Tiny, tree
 
 from adapterbay.registry import Registry, durable
 from adapterbay.registry.errors import AdapterbayError, StorageFull, Unavailable
-from adapterbay.registry.index import Index
+from adapterbay.registry.local.index import Index
 
 WORKER = Path(__file__).with_name("crash_worker.py")
 

@@ -127,7 +127,7 @@ def test_asking_again_reads_no_weights(llama: Tiny, monkeypatch: pytest.MonkeyPa
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the weights were read again")
 
-    monkeypatch.setattr("adapterbay.registry.fingerprint.compute", never)
+    monkeypatch.setattr("adapterbay.registry.base.fingerprint.compute", never)
     began = time.perf_counter()
     assert locate(str(llama.base)).fingerprint == first
     assert time.perf_counter() - began < 0.5

@@ -171,7 +171,7 @@ def test_an_index_is_filled_whole_or_not_at_all(
     for path in registry.root.glob("index.sqlite*"):
         path.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("adapterbay.registry.checks.queries.insert_version", lambda *_: 1 / 0)
+        patch.setattr("adapterbay.registry.local.checks.queries.insert_version", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             Registry.open(registry.root)
     assert Registry.open(registry.root).resolve("x").version == 1

@@ -12,11 +12,11 @@ import pytest
 from registry_tools import Tiny
 
 from adapterbay.registry import locate
+from adapterbay.registry.admission.lora_config import read_settings
+from adapterbay.registry.admission.module_names import backbone_path
+from adapterbay.registry.admission.patterns import compile_pattern, first_match, is_targeted
+from adapterbay.registry.admission.peft_fields import LORA_FIELDS, Treatment, check_fields
 from adapterbay.registry.errors import Rejected, UnsupportedMethod
-from adapterbay.registry.lora_config import read_settings
-from adapterbay.registry.module_names import backbone_path
-from adapterbay.registry.patterns import compile_pattern, first_match, is_targeted
-from adapterbay.registry.peft_fields import LORA_FIELDS, Treatment, check_fields
 
 MODULES = [
     "model.layers.0.self_attn.q_proj",

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 from safetensors.numpy import save
 
+from adapterbay.registry.admission.safetensors_file import read_header
 from adapterbay.registry.errors import Rejected
-from adapterbay.registry.safetensors_file import read_header
 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 dtypes = st.sampled_from(["float16", "float32", "float64", "int8", "uint16", "int64", "bool"])

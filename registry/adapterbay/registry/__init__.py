@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from adapterbay.registry.admission import AdmissionReport, Limits, admit
 from adapterbay.registry.base import BaseFiles, BaseReference, default_base, home, locate
+from adapterbay.registry.local.store import Registry
 from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.reference import HubReference, Reference, parse_reference
-from adapterbay.registry.store import Registry
 from adapterbay.registry.views import (
     ANY,
     AdapterSummary,

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from adapterbay.registry.base.filecache import remembered
 from adapterbay.registry.digest import digest_file, is_digest
 from adapterbay.registry.errors import BaseNotFound, Corrupted, MissingExtra, Rejected, StorageFull
-from adapterbay.registry.filecache import remembered
 from adapterbay.registry.paths import cache_folder
 
 ENTRY_POINT_GROUP: Final = "adapterbay.base_converters"

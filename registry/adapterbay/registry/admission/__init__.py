@@ -33,13 +33,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from adapterbay.registry.admission.lora_config import LoraSettings, read_settings
+from adapterbay.registry.admission.lora_tensors import AdaptedModule, Head, match_tensors
+from adapterbay.registry.admission.safetensors_file import Header, open_source, read_header, refuse_other_formats
+from adapterbay.registry.admission.tensor_values import nonzero_mask
 from adapterbay.registry.digest import parse_json_object
 from adapterbay.registry.errors import NoEffect, Rejected
-from adapterbay.registry.lora_config import LoraSettings, read_settings
-from adapterbay.registry.lora_tensors import AdaptedModule, Head, match_tensors
 from adapterbay.registry.manifest import CONFIG_FILE, WEIGHTS_FILE, inside_path
-from adapterbay.registry.safetensors_file import Header, open_source, read_header, refuse_other_formats
-from adapterbay.registry.tensor_values import nonzero_mask
 
 __all__ = ["AdaptedModule", "AdmissionReport", "Head", "Limits", "admit", "check_path", "check_prefix"]
 

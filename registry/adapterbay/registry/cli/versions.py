@@ -1,4 +1,4 @@
-"""`registry`: push, list, show, pull, alias, resolve, verify. Exit codes: see `adapterbay.registry.console`."""
+"""Pushing, reading and pulling versions, and moving aliases."""
 
 from __future__ import annotations
 
@@ -7,29 +7,22 @@ from typing import Annotated
 
 import typer
 
+from adapterbay.registry.cli.common import (
+    ExpectedOption,
+    JsonOption,
+    NameArgument,
+    ReferenceArgument,
+    RegistryOption,
+    app,
+    existing,
+)
 from adapterbay.registry.console import fail, guarded, write_json
-from adapterbay.registry.store import Registry
+from adapterbay.registry.local.store import Registry
 from adapterbay.registry.tables import adapter_table, problem_lines, push_lines, version_lines, write, write_table
 from adapterbay.registry.views import ANY, AnyVersion
 
-app = typer.Typer(name="registry", help="Versions of adapters, with movable names.", no_args_is_help=True)
 alias_app = typer.Typer(name="alias", help="Movable names for versions.", no_args_is_help=True)
 app.add_typer(alias_app)
-
-RegistryOption = Annotated[
-    Path | None,
-    typer.Option("--registry", metavar="PATH", help="The registry [ADAPTERBAY_REGISTRY, or ~/.adapterbay/registry]."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="An adapter, such as team/sentiment.")]
-ReferenceArgument = Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME@3, NAME@champion or NAME@sha256:….")]
-ExpectedOption = Annotated[
-    int | None, typer.Option("--expected", metavar="N", min=0, help="Only if it points at version N now (0: at none).")
-]
-
-
-def _existing(registry: Path | None) -> Registry:
-    return Registry.open(registry, create=False)
 
 
 def _expected(number: int | None) -> AnyVersion | int | None:
@@ -70,7 +63,7 @@ def list_adapters(
     as_json: JsonOption = False,
 ) -> None:
     """Show all adapters with their newest versions."""
-    found = _existing(registry).adapters(prefix)
+    found = existing(registry).adapters(prefix)
     if as_json:
         write_json({"adapters": found})
     else:
@@ -81,7 +74,7 @@ def list_adapters(
 @guarded()
 def show(reference: ReferenceArgument, registry: RegistryOption = None, as_json: JsonOption = False) -> None:
     """Show one version with its manifest."""
-    store = _existing(registry)
+    store = existing(registry)
     resolved = store.resolve(reference)
     version = store.version(resolved.name, resolved.version)
     manifest = store.manifest(resolved.digest)
@@ -99,7 +92,7 @@ def pull(
     registry: RegistryOption = None,
 ) -> None:
     """Write a version as a plain PEFT folder."""
-    store = _existing(registry)
+    store = existing(registry)
     resolved = store.resolve(reference)
     path = store.pull(resolved.name + "@" + resolved.digest, destination)
     write([f"{resolved.name}@{resolved.version} → {path}"])
@@ -109,7 +102,7 @@ def pull(
 @guarded()
 def resolve(reference: ReferenceArgument, registry: RegistryOption = None, as_json: JsonOption = False) -> None:
     """Show what a reference means now."""
-    found = _existing(registry).resolve(reference)
+    found = existing(registry).resolve(reference)
     if as_json:
         write_json(found)
     else:
@@ -124,7 +117,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Read everything and check every digest. Exits with 1 if anything is wrong."""
-    report = _existing(registry).verify(name)
+    report = existing(registry).verify(name)
     if as_json:
         write_json({"ok": report.ok, "report": report})
     else:
@@ -146,7 +139,7 @@ def set_alias(
     as_json: JsonOption = False,
 ) -> None:
     """Point ALIAS at VERSION, at one instant."""
-    move = _existing(registry).set_alias(name, alias, version, expected=_expected(expected))
+    move = existing(registry).set_alias(name, alias, version, expected=_expected(expected))
     if as_json:
         write_json(move)
     else:
@@ -164,7 +157,7 @@ def remove_alias(
     as_json: JsonOption = False,
 ) -> None:
     """Remove ALIAS. The version stays."""
-    move = _existing(registry).remove_alias(name, alias, expected=_expected(expected))
+    move = existing(registry).remove_alias(name, alias, expected=_expected(expected))
     if as_json:
         write_json(move)
     else:

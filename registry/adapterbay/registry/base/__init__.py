@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from adapterbay.registry import fingerprint as fingerprints
-from adapterbay.registry.base_reference import BaseReference, Scheme
-from adapterbay.registry.base_sources import cached_hub_folder, hub_folder, package_base, weight_files
-from adapterbay.registry.conversion import converted
+from adapterbay.registry.admission.safetensors_file import read_header
+from adapterbay.registry.base import fingerprint as fingerprints
+from adapterbay.registry.base.conversion import converted
+from adapterbay.registry.base.filecache import remembered
+from adapterbay.registry.base.reference import BaseReference, Scheme
+from adapterbay.registry.base.sources import cached_hub_folder, hub_folder, package_base, weight_files
 from adapterbay.registry.digest import is_digest, parse_json_object
 from adapterbay.registry.errors import BaseNotFound
-from adapterbay.registry.filecache import remembered
 from adapterbay.registry.paths import default_registry, home
-from adapterbay.registry.safetensors_file import read_header
 
 __all__ = ["BaseFiles", "BaseReference", "Scheme", "default_base", "default_registry", "home", "locate"]
 
@@ -45,7 +45,7 @@ class BaseFiles:
 
     @property
     def fingerprint(self) -> str:
-        """`sha256:…` over config, weights and tokenizer (see `adapterbay.registry.fingerprint`).
+        """`sha256:…` over config, weights and tokenizer (see `adapterbay.registry.base.fingerprint`).
 
         The first time reads all weights; afterwards the answer is remembered on disk while no file changes.
         """

@@ -9,8 +9,8 @@ from datetime import datetime
 from typing import Any, Final
 
 from adapterbay.registry.digest import canonical_json
+from adapterbay.registry.local.records import AliasLine, VersionFile
 from adapterbay.registry.manifest import Manifest
-from adapterbay.registry.records import AliasLine, VersionFile
 from adapterbay.registry.views import AdapterSummary, RegistryEvent, VersionRecord
 
 _VERSION_COLUMNS: Final = (

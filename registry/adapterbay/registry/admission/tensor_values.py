@@ -7,8 +7,8 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 import numpy.typing as npt
 
+from adapterbay.registry.admission.safetensors_file import TensorInfo
 from adapterbay.registry.errors import Rejected
-from adapterbay.registry.safetensors_file import TensorInfo
 
 # dtype: (unsigned integer of the same width, bits of the exponent, bits without the sign)
 _LAYOUTS: Final[dict[str, tuple[type[np.unsignedinteger[Any]], int, int]]] = {

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
+from adapterbay.registry.admission.patterns import first_match
+from adapterbay.registry.admission.peft_fields import check_fields
 from adapterbay.registry.errors import Rejected, UnsupportedMethod
-from adapterbay.registry.patterns import first_match
-from adapterbay.registry.peft_fields import check_fields
 
 HEAD_MODULES: Final = ("score", "classifier")
 """The heads of transformers' *ForSequenceClassification that are one linear layer."""

@@ -14,12 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from adapterbay.registry.admission.lora_config import HEAD_MODULES, LoraSettings
+from adapterbay.registry.admission.module_names import (
+    CONV1D_MODEL_TYPES,
+    EMBEDDING_AND_OUTPUT,
+    backbone_path,
+    hidden_size,
+)
+from adapterbay.registry.admission.patterns import is_targeted
+from adapterbay.registry.admission.safetensors_file import Header, TensorInfo
+from adapterbay.registry.admission.tensor_values import FLOAT_DTYPES
 from adapterbay.registry.errors import Rejected, UnsupportedMethod
-from adapterbay.registry.lora_config import HEAD_MODULES, LoraSettings
-from adapterbay.registry.module_names import CONV1D_MODEL_TYPES, EMBEDDING_AND_OUTPUT, backbone_path, hidden_size
-from adapterbay.registry.patterns import is_targeted
-from adapterbay.registry.safetensors_file import Header, TensorInfo
-from adapterbay.registry.tensor_values import FLOAT_DTYPES
 
 PREFIX: Final = "base_model.model."
 _LORA_KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<side>[AB])\.weight")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from adapterbay.registry.errors import AdapterbayError, Corrupted, StorageFull, Unavailable
-from adapterbay.registry.migrations import MIGRATIONS
+from adapterbay.registry.local.migrations import MIGRATIONS
 
 BUSY_SECONDS: Final = 60.0
 _inherited: list[sqlite3.Connection] = []

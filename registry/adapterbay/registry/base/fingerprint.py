@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from adapterbay.registry.admission.safetensors_file import read_header
 from adapterbay.registry.digest import canonical_json, digest_bytes, digest_json, digest_stream, parse_json_object
 from adapterbay.registry.errors import Corrupted
-from adapterbay.registry.safetensors_file import read_header
 
 FINGERPRINT_VERSION: Final = 1
 """Part of the fingerprint and of the cache key: raised when the definition above changes."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Final, cast, get_args
 
 from adapterbay.registry.admission import AdmissionReport, Head, Limits, admit
+from adapterbay.registry.admission.folder import PeftFolder
 from adapterbay.registry.base import BaseFiles, BaseReference, locate
-from adapterbay.registry.blobs import Staged
+from adapterbay.registry.base.fingerprint import chat_template
 from adapterbay.registry.digest import is_digest, parse_json_object
 from adapterbay.registry.errors import (
     BaseMismatch,
@@ -19,8 +20,7 @@ from adapterbay.registry.errors import (
     TaskMismatch,
     UnsupportedMethod,
 )
-from adapterbay.registry.fingerprint import chat_template
-from adapterbay.registry.folder import PeftFolder
+from adapterbay.registry.local.blobs import Staged
 from adapterbay.registry.manifest import CONFIG_FILE, TRAINING_FILE, FileEntry, Manifest, TaskName
 
 PEFT_TASKS: Final[Mapping[str, TaskName]] = {

@@ -16,22 +16,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from adapterbay.registry import durable, queries
+from adapterbay.registry import durable
 from adapterbay.registry.admission import Limits
+from adapterbay.registry.admission.candidate import Wishes, as_labels, examine
+from adapterbay.registry.admission.folder import read_folder
 from adapterbay.registry.base import BaseReference
-from adapterbay.registry.blobs import BlobStore
-from adapterbay.registry.candidate import Wishes, as_labels, examine
-from adapterbay.registry.checks import rebuild, verify
-from adapterbay.registry.commit import Writer, unknown_name, unknown_version
 from adapterbay.registry.digest import canonical_json, is_digest, parse_json_object
 from adapterbay.registry.errors import InvalidReference, NotFound, RegistryNotFound, Rejected, Unavailable
-from adapterbay.registry.export import write_folder
-from adapterbay.registry.folder import read_folder
-from adapterbay.registry.index import Index
+from adapterbay.registry.local import queries
+from adapterbay.registry.local.blobs import BlobStore
+from adapterbay.registry.local.checks import rebuild, verify
+from adapterbay.registry.local.commit import Writer, unknown_name, unknown_version
+from adapterbay.registry.local.export import write_folder
+from adapterbay.registry.local.index import Index
+from adapterbay.registry.local.records import Records
 from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.nearest import nearest_words
 from adapterbay.registry.paths import default_registry
-from adapterbay.registry.records import Records
 from adapterbay.registry.reference import HubReference, Reference, check_alias, check_name, parse_reference
 from adapterbay.registry.views import (
     ANY,

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapterbay.registry import durable, queries
-from adapterbay.registry.blobs import BlobStore, Staged, Staging
+from adapterbay.registry import durable
 from adapterbay.registry.errors import AdapterbayError, NotFound, StaleAlias
-from adapterbay.registry.index import Index
+from adapterbay.registry.local import queries
+from adapterbay.registry.local.blobs import BlobStore, Staged, Staging
+from adapterbay.registry.local.index import Index
+from adapterbay.registry.local.records import AliasLine, Records, VersionFile, now
 from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.nearest import nearest_numbers, nearest_words
-from adapterbay.registry.records import AliasLine, Records, VersionFile, now
 from adapterbay.registry.views import ANY, AliasMove, AnyVersion
 
 

@@ -6,12 +6,12 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from adapterbay.registry import queries
-from adapterbay.registry.blobs import BlobStore
 from adapterbay.registry.errors import Corrupted, Rejected
-from adapterbay.registry.index import Index
+from adapterbay.registry.local import queries
+from adapterbay.registry.local.blobs import BlobStore
+from adapterbay.registry.local.index import Index
+from adapterbay.registry.local.records import AliasLine, Records, VersionFile
 from adapterbay.registry.manifest import Manifest
-from adapterbay.registry.records import AliasLine, Records, VersionFile
 from adapterbay.registry.views import Problem, RegistryEvent, VerifyReport, VersionRecord
 
 

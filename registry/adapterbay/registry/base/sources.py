@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from adapterbay.registry.base_reference import BaseReference
+from adapterbay.registry.base.reference import BaseReference
 from adapterbay.registry.errors import BaseNotFound, InvalidArgument, StorageFull, Unavailable
 
 ALLOW_PATTERNS: Final = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")

@@ -1,0 +1,1 @@
+"""A registry in a folder: blobs, records, and an index of them."""
