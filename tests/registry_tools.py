@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from adapterbay.registry.cli import app
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 
@@ -59,3 +62,24 @@ def tree(root: Path) -> Mapping[str, bytes | None]:
         for path in sorted(root.rglob("*"))
         if not path.name.startswith("index.sqlite")
     }
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def run_json(*arguments: object) -> Any:
+    output = run(*arguments, "--json").stdout
+    assert output.count("\n") == 1
+    return json.loads(output)
+
+
+def told(*arguments: object, code: int) -> str:
+    """The one line on standard error."""
+    result = run(*arguments, code=code)
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line

@@ -33,6 +33,7 @@ MAY_IMPORT = {
 """Which parts a part may import besides itself."""
 
 LIGHT = {"numpy", "pydantic", "rich", "safetensors", "typer", "huggingface_hub", "grpc", "grpc_status", "google"}
+LIGHT |= {"yaml"}
 HEAVY = {"torch", "accelerate", "bitsandbytes", "gguf", "peft", "transformers"}
 HEAVY |= {"datasets", "matplotlib", "pandas", "pyarrow", "statsmodels", "scipy", "grpc_health", "grpc_reflection"}
 """What the extras bring."""

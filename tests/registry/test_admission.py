@@ -271,7 +271,8 @@ BAD: dict[str, tuple[Spoil, type[AdapterbayError], str]] = {
     "a rank of zero": (config(r=0), Rejected, "BAD_CONFIG"),
     "an alpha that is text": (config(lora_alpha="8"), Rejected, "BAD_CONFIG"),
     "targets that are numbers": (config(target_modules=[1]), Rejected, "BAD_CONFIG"),
-    "a pattern that runs away": (config(target_modules="(a+)+$"), Rejected, "BAD_PATTERN"),
+    "a pattern that runs away": (config(target_modules="(a+)+$"), Rejected, "UNKNOWN_TENSOR"),
+    "a pattern that looks ahead": (config(target_modules="(?=.*q_proj).*"), Rejected, "BAD_PATTERN"),
     "a pattern that is none": (config(target_modules="("), Rejected, "BAD_PATTERN"),
     # the base
     "no base": (config(base_model_name_or_path=None), InvalidArgument, "INVALID_ARGUMENT"),

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from registry_tools import Tiny
-from typer.testing import CliRunner, Result
+from registry_tools import Tiny, run, run_json, told
+from typer.testing import CliRunner
 
 from adapterbay.registry import Registry
 from adapterbay.registry.cli import app
@@ -21,27 +21,6 @@ from adapterbay.registry.errors import AdapterbayError
 @pytest.fixture(autouse=True)
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPTERBAY_REGISTRY", str(tmp_path / "store"))
-
-
-def run(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result
-
-
-def run_json(*arguments: object) -> Any:
-    output = run(*arguments, "--json").stdout
-    assert output.count("\n") == 1
-    return json.loads(output)
-
-
-def told(*arguments: object, code: int) -> str:
-    """The one line on standard error."""
-    result = run(*arguments, code=code)
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def test_a_life(llama: Tiny, tmp_path: Path) -> None:
@@ -83,11 +62,12 @@ def test_json(bert: Tiny) -> None:
     assert shown["version"]["created_at"].endswith("+00:00")
     assert run_json("verify", "cls")["ok"] is True
     assert run_json("alias", "set", "cls", "new", 1, "--expected", 0) == {
+        "overruled": [],
         "alias": "new",
         "previous": None,
         "version": 1,
     }
-    assert run_json("alias", "rm", "cls", "new") == {"alias": "new", "previous": 1, "version": None}
+    assert run_json("alias", "rm", "cls", "new") == {"alias": "new", "previous": 1, "version": None, "overruled": []}
 
 
 def test_mistakes_are_one_line(llama: Tiny, tmp_path: Path) -> None:
@@ -131,7 +111,7 @@ def test_verify_fails_on_damage(llama: Tiny, tmp_path: Path) -> None:
 def test_programming_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch, llama: Tiny) -> None:
     run("push", llama.adapter, "x")
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(Registry, "adapters", broken)

@@ -22,6 +22,8 @@ from adapterbay.registry.errors import (
     Rejected,
     Unavailable,
 )
+from adapterbay.registry.gate import Comparison, Guard
+from adapterbay.registry.local.checks import TABLES
 
 DraftOf = Callable[[Tiny], Draft]
 
@@ -110,9 +112,9 @@ def test_verify_sees_records_that_contradict(llama: Tiny, registry: Registry) ->
     record.chmod(0o644)
     record.write_text(record.read_text().replace('"sequence":1', '"sequence":9'))
     (registry.root / "adapters" / "x" / "@2.json").unlink()
-    (registry.root / "adapters" / "x" / "@aliases.jsonl").unlink()
+    (registry.root / "adapters" / "x" / "@journal.jsonl").unlink()
     kinds = sorted((problem.kind, problem.subject) for problem in registry.verify().problems)
-    assert kinds == [("alias", "x"), ("record", "x@1"), ("record", "x@2")]
+    assert kinds == [("journal", "x"), ("record", "x@1"), ("record", "x@2")]
     assert registry.verify("y").ok
 
 
@@ -129,10 +131,7 @@ def everything(registry: Registry) -> Any:
 
 def _rows(registry: Registry) -> Any:
     with sqlite3.connect(registry.root / "index.sqlite") as connection:
-        return [
-            connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()
-            for table in ("adapters", "versions", "aliases", "blobs", "events")
-        ]
+        return [connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall() for table in TABLES]
 
 
 def fill(registry: Registry, llama: Tiny, bert: Tiny) -> None:
@@ -141,6 +140,18 @@ def fill(registry: Registry, llama: Tiny, bert: Tiny) -> None:
         registry.push(bert.adapter, name, aliases=["champion", "challenger"])
     registry.set_alias("a/b", "champion", 1)
     registry.remove_alias("a", "challenger")
+    registry.rollback("a/b", "champion")
+    registry.tag("a/b", 2, {"language": "zh", "quality": ""})
+    registry.tag("a/b", 2, remove=["quality"])
+    registry.deprecate("a/b", 1, "use 2")
+    registry.guard("z", "champion", Guard({"accuracy": 0.8}, {"loss": 1.0}, ("comparison",)))
+    registry.guard("z", "challenger", Guard(requires=("signature",)))
+    registry.guard("z", "challenger", None)
+    against = registry.resolve("z@1").digest
+    registry.record_comparison("z", 2, Comparison(against, "accuracy", 0.9, 0.8, 100, "better", "mcnemar", 0.01))
+    registry.attach_signature("z", 2, b"a bundle", key="sha256:key")
+    registry.delete("a", 1, "trained on the wrong data")
+    registry.delete("a/b/c", 1)
 
 
 def test_the_index_built_again_is_equal(llama: Tiny, bert: Tiny, registry: Registry) -> None:
@@ -159,6 +170,7 @@ def test_a_lost_index_is_built_at_open(llama: Tiny, bert: Tiny, registry: Regist
     opened = Registry.open(registry.root, create=False)
     assert everything(opened) == before
     assert opened.verify().ok
+    assert (opened.root / "adapters" / "a" / "@1.json").is_file(), "a tombstone keeps its record"
     assert opened.push(llama.adapter, "a").version == 3
 
 
@@ -171,7 +183,7 @@ def test_an_index_is_filled_whole_or_not_at_all(
     for path in registry.root.glob("index.sqlite*"):
         path.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("adapterbay.registry.local.checks.queries.insert_version", lambda *_: 1 / 0)
+        patch.setattr("adapterbay.registry.local.checks.changes.insert_version", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             Registry.open(registry.root)
     assert Registry.open(registry.root).resolve("x").version == 1
@@ -194,9 +206,11 @@ def test_records_of_killed_pushes_do_not_come_alive(llama: Tiny, registry: Regis
     record = json.loads((registry.root / "adapters" / "x" / "@1.json").read_text())
     leftover = record | {"version": 2, "sequence": 3, "digest": "sha256:" + "0" * 64}
     (registry.root / "adapters" / "x" / "@2.json").write_text(json.dumps(leftover))
-    log = registry.root / "adapters" / "x" / "@aliases.jsonl"
+    log = registry.root / "adapters" / "x" / "@journal.jsonl"
     with log.open("a") as file:
-        file.write('{"alias":"a","version":2,"previous_version":1,"at":"2026-01-01T00:00:00+00:00","sequence":4}\n{"al')
+        file.write(
+            '{"kind":"alias_set","alias":"a","version":2,"previous_version":1,"at":"2026-01-01T00:00:00+00:00","sequence":4}\n{"al'
+        )
     report = registry.verify()
     assert (report.ok, report.leftovers) == (True, 1)
     assert everything(registry) == before
@@ -213,8 +227,8 @@ def test_leftovers_that_lost_their_sequence_stay_dead_in_a_rebuild(llama: Tiny, 
     record = json.loads((registry.root / "adapters" / "x" / "@1.json").read_text())
     leftover = record | {"version": 2, "sequence": 2, "created_at": "2020-01-01T00:00:00.000000+00:00"}
     (registry.root / "adapters" / "x" / "@2.json").write_text(json.dumps(leftover))
-    (registry.root / "adapters" / "x" / "@aliases.jsonl").write_text(
-        '{"alias":"a","version":2,"previous_version":null,"at":"2020-01-01T00:00:00.000000+00:00","sequence":3}\n'
+    (registry.root / "adapters" / "x" / "@journal.jsonl").write_text(
+        '{"kind":"alias_set","alias":"a","version":2,"at":"2020-01-01T00:00:00.000000+00:00","sequence":3}\n'
     )
     registry.push(llama.adapter, "y")  # takes sequence 2
     before = everything(registry)

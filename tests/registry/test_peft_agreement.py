@@ -133,29 +133,31 @@ def test_patterns_match_as_in_peft(keys: list[str]) -> None:
 @pytest.mark.parametrize(
     "pattern",
     [
-        "(a+)+$",
-        "(a*)*",
-        "(a|a)*$",
-        "(?:a+){10}",
-        "((a)|b)+",
-        "(a?){50}a{50}",
-        r"(.*\.)*x",
-        "([a-z]+)*",
         r"(a)\1",
         "(?=a+)b",
+        "(?!a)b",
+        "(?<=a)b",
+        "(?i)a",
         "(?P<x>a)(?P=x)",
-        ".*" * 9,
+        "(?P<x>a)(?P<x>b)",
+        "a++",
         "a" * 2001,
+        "(" * 60 + "a" + ")" * 60,
+        "(a{40}){60}",
         "(",
+        "a)|(b",
         "[",
+        "[[a]",
         "*a",
         "a{99999999999}",
+        "a{3,2}",
+        "a" + chr(92),
     ],
 )
-def test_patterns_that_could_run_away(pattern: str) -> None:
+def test_patterns_that_are_refused(pattern: str) -> None:
     began = time.perf_counter()
     with pytest.raises(Rejected) as caught:
-        compile_pattern(pattern).fullmatch("a" * 60 + "!")
+        compile_pattern(pattern)
     assert caught.value.reason == "BAD_PATTERN"
     assert time.perf_counter() - began < 1
 

@@ -34,10 +34,17 @@ def test_what_is_printed_parses_to_the_same(name: str, selector: int | str | Non
     assert parse_reference(str(reference)) == reference
 
 
-@given(hub_parts, hub_parts, st.one_of(st.none(), st.from_regex(r"[a-z0-9]{1,40}", fullmatch=True)))
+revisions = st.one_of(st.none(), st.from_regex(r"[a-z0-9]{1,40}", fullmatch=True).filter(lambda text: text != "latest"))
+
+
+@given(hub_parts, hub_parts, st.one_of(revisions, st.from_regex(r"sha256:[0-9a-f]{64}", fullmatch=True)))
 def test_hub_references_round_trip(org: str, repo: str, revision: str | None) -> None:
     reference = HubReference(org, repo, revision)
     assert parse_reference(str(reference)) == reference
+
+
+@given(hub_parts, hub_parts, revisions)
+def test_hub_bases_round_trip(org: str, repo: str, revision: str | None) -> None:
     base = BaseReference("hub", f"{org}/{repo}", revision)
     assert BaseReference.parse(str(base)) == base
 
@@ -101,6 +108,10 @@ def test_path_bases_round_trip(scheme: str, path: str) -> None:
         "hub:../x",
         "hub:org/repo@",
         "hub:org/repo@../x",
+        "hub:org/repo@sha256:abc",
+        "hub:org/repo@sha256:" + "A" * 64,
+        "hub:org/repo@md5:" + "a" * 64,
+        "hub:org/repo@v3@v4",
     ],
 )
 def test_outside_the_grammar(text: str) -> None:
@@ -112,6 +123,34 @@ def test_outside_the_grammar(text: str) -> None:
 
 def test_latest_means_the_bare_name() -> None:
     assert Reference.parse("a/b@latest") == Reference("a/b")
+
+
+def test_latest_on_the_hub_means_the_bare_repository() -> None:
+    assert HubReference.parse("hub:org/repo@latest") == HubReference("org", "repo")
+    with pytest.raises(InvalidReference):
+        HubReference("org", "repo", "latest")
+
+
+@pytest.mark.parametrize(
+    ("revision", "version", "commit", "digest"),
+    [
+        (None, None, None, None),
+        ("3", 3, None, None),
+        ("v3", 3, None, None),
+        ("v03", None, None, None),
+        ("champion", None, None, None),
+        ("refs/pr/1", None, None, None),
+        ("a" * 40, None, "a" * 40, None),
+        ("1" * 40, None, "1" * 40, None),
+        ("A" * 40, None, None, None),
+        ("sha256:" + "a" * 64, None, None, "sha256:" + "a" * 64),
+    ],
+)
+def test_what_a_hub_revision_is(
+    revision: str | None, version: int | None, commit: str | None, digest: str | None
+) -> None:
+    reference = HubReference("org", "repo", revision)
+    assert (reference.version, reference.commit, reference.digest) == (version, commit, digest)
 
 
 @pytest.mark.parametrize(

@@ -309,9 +309,10 @@ def test_a_pulled_folder_is_what_was_pushed_and_loads_in_plain_peft(
         name = tiny.base.parent.name
         registry.push(tiny.adapter, name)
         pulled = registry.pull(name, tmp_path / "out" / name)
-        assert {path.name: path.read_bytes() for path in pulled.iterdir()} == {
+        assert {path.name: path.read_bytes() for path in pulled.iterdir() if path.is_file()} == {
             path.name: path.read_bytes() for path in tiny.adapter.iterdir()
         }
+        assert digest_bytes((pulled / "adapterbay" / "manifest.json").read_bytes()) == registry.resolve(name).digest
         with torch.no_grad():
             plain = kind.from_pretrained(tiny.base).eval()(input_ids=ids).logits
             ours = PeftModel.from_pretrained(kind.from_pretrained(tiny.base), pulled).eval()(input_ids=ids).logits
@@ -336,5 +337,5 @@ def test_pull_never_overwrites(llama: Tiny, registry: Registry, tmp_path: Path) 
     assert (full / "mine").read_text() == "mine"
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert len(list(registry.pull("x", empty).iterdir())) == 3
+    assert len(list(registry.pull("x", empty).iterdir())) == 4
     assert {path.name for path in tmp_path.iterdir()} == {"full", "file", "link", "empty", "registry"}

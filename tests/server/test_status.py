@@ -23,6 +23,7 @@ EXPECTED = {
     "NoEffect": grpc.StatusCode.FAILED_PRECONDITION,
     "TaskMismatch": grpc.StatusCode.FAILED_PRECONDITION,
     "Corrupted": grpc.StatusCode.FAILED_PRECONDITION,
+    "Untrusted": grpc.StatusCode.FAILED_PRECONDITION,
     "StaleAlias": grpc.StatusCode.ABORTED,
     "QueueFull": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "DeadlineExceeded": grpc.StatusCode.DEADLINE_EXCEEDED,

@@ -16,8 +16,18 @@ import typer
 from adapterbay.cli import options
 from adapterbay.cli.console import asking
 from adapterbay.client import Client, ComparisonAnswer, Selection
+from adapterbay.comparison import PairedComparison, compare_paired
+from adapterbay.registry import Registry
 from adapterbay.registry.console import write_json
 from adapterbay.registry.errors import InvalidArgument
+from adapterbay.registry.gate import BASE_ARM as GATE_BASE_ARM
+from adapterbay.registry.gate import Comparison, Verdict
+
+VERDICTS: dict[str, Verdict] = {
+    "first is better": "better",
+    "second is better": "worse",
+    "inconclusive": "inconclusive",
+}
 
 
 class TaskChoice(enum.StrEnum):
@@ -46,15 +56,36 @@ def compare(
     top_k: options.TopK = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record", help="Record how the first arm did against the second in the registry; needs labelled inputs."
+        ),
+    ] = False,
+    registry: Annotated[
+        Path | None, typer.Option("--registry", metavar="PATH", help="The registry for --record [ADAPTERBAY_REGISTRY].")
+    ] = None,
     server: options.Server = options.SERVER,
     timeout: options.Timeout = 3600.0,
     as_json: options.Json = False,
 ) -> None:
-    """Run the same inputs through several arms on the same base, and show the answers side by side."""
+    """Run the same inputs through several arms on the same base, and show the answers side by side.
+
+    JSON lines with a `label` beside the `text` are scored: accuracies with intervals, and an exact paired test of the
+    first two arms.
+    """
     selections = [options.parse_arm(arm) for arm in arms]
-    texts = [*(inputs or []), *(read_inputs(file) if file is not None else [])]
+    labelled = [*((text, None) for text in inputs or ()), *(read_inputs(file) if file is not None else ())]
+    texts = [text for text, _ in labelled]
+    labels = [label for _, label in labelled if label is not None]
     if not texts:
         raise InvalidArgument("There is nothing to compare on: give --input TEXT or --inputs FILE.", field="inputs")
+    if record and (len(labels) != len(texts) or len(arms) != 2):
+        raise InvalidArgument(
+            "--record needs two arms, and inputs that all have a label: JSON lines with `text` and `label`.",
+            field="record",
+        )
+    found: list[ComparisonAnswer] = []
     with Client(server, timeout=timeout) as client, asking(server):
         if _task(client, task, selections) is TaskChoice.CLASSIFY:
             stream = client.compare_classify(selections, texts, truncate=truncate, timeout=timeout)
@@ -73,13 +104,57 @@ def compare(
         with contextlib.closing(stream) as answers:
             if as_json:
                 for answer in answers:
+                    found.append(answer)
                     write_json({"arm": arms[answer.arm_index], **dataclasses.asdict(answer)})
             else:
-                _show(arms, texts, list(answers))
+                found = list(answers)
+                _show(arms, texts, found)
+    if len(labels) == len(texts) and len(arms) > 1:
+        scored = score(labels, found)
+        if as_json:
+            write_json({"paired": dataclasses.asdict(scored)})
+        else:
+            _show_score(arms, scored)
+        if record:
+            _record(scored, found, registry)
 
 
-def read_inputs(file: Path) -> list[str]:
+def score(labels: Sequence[str], answers: Sequence[ComparisonAnswer]) -> PairedComparison:
+    """The first two arms against the true labels. Raises MissingExtra without statsmodels."""
+    by_place = {(answer.input_index, answer.arm_index): _outcome(answer).strip() for answer in answers}
+    first, second = ([by_place[index, arm] for index in range(len(labels))] for arm in (0, 1))
+    return compare_paired(labels, first, second)
+
+
+def _show_score(arms: Sequence[str], scored: PairedComparison) -> None:
+    for arm, accuracy in zip(arms, (scored.first, scored.second), strict=False):
+        typer.echo(f"{arm}: accuracy {accuracy.accuracy:.3f} (95 % interval {accuracy.low:.3f} to {accuracy.high:.3f})")
+    typer.echo(f"{scored.verdict} (exact McNemar test on {scored.inputs} inputs, p = {scored.p_value:.3g})")
+
+
+def _record(scored: PairedComparison, answers: Sequence[ComparisonAnswer], place: Path | None) -> None:
+    first, second = (next(answer for answer in answers if answer.arm_index == arm).provenance for arm in (0, 1))
+    if len(first.adapters) != 1 or len(second.adapters) > 1:
+        raise InvalidArgument("--record is for one adapter against another, or against the base.", field="record")
+    candidate = first.adapters[0]
+    comparison = Comparison(
+        against=second.adapters[0].digest if second.adapters else GATE_BASE_ARM,
+        metric="accuracy",
+        value=scored.first.accuracy,
+        other=scored.second.accuracy,
+        inputs=scored.inputs,
+        verdict=VERDICTS[scored.verdict],
+        test="mcnemar-exact",
+        p_value=scored.p_value,
+    )
+    Registry.open(place, create=False).record_comparison(candidate.name, candidate.version, comparison)
+    typer.echo(f"recorded for {candidate.name}@{candidate.version}: {comparison.verdict}", err=True)
+
+
+def read_inputs(file: Path) -> list[tuple[str, str | None]]:
     """Inputs of a file: JSON lines if its first line begins with a brace, else one text a line; blank lines skipped.
+
+    Each with its label, if the line has one.
 
     Raises InvalidArgument that names the line.
     """
@@ -91,19 +166,21 @@ def read_inputs(file: Path) -> list[str]:
         raise InvalidArgument(f"{file} is not UTF-8 text.", field="inputs") from error
     lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
     if not lines or not lines[0][1].lstrip().startswith("{"):
-        return [line for _, line in lines]
+        return [(line, None) for _, line in lines]
     return [_json_text(file, number, line) for number, line in lines]
 
 
-def _json_text(file: Path, number: int, line: str) -> str:
+def _json_text(file: Path, number: int, line: str) -> tuple[str, str | None]:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise InvalidArgument(f"{file}, line {number}: not JSON ({error.msg}).", field="inputs") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
         raise InvalidArgument(f"{file}, line {number}: an object with a string `text` is needed.", field="inputs")
-    text: str = entry["text"]
-    return text
+    label = entry.get("label")
+    if label is not None and not isinstance(label, str):
+        raise InvalidArgument(f"{file}, line {number}: the label must be text.", field="inputs")
+    return entry["text"], label
 
 
 def _task(client: Client, task: TaskChoice, arms: Sequence[Selection]) -> TaskChoice:

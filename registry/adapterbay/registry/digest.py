@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -13,6 +15,10 @@ from adapterbay.registry.errors import Rejected
 
 CHUNK_BYTES = 4 * 1024 * 1024
 DIGEST_PATTERN = re.compile(r"sha256:[0-9a-f]{64}")
+MAX_JSON_DEPTH = 100
+"""Deeper documents could be read and then not be written."""
+MAX_JSON_DIGITS = 400
+"""The time that Python takes for a whole number grows with the square of its digits."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -53,15 +59,37 @@ def digest_stream(file: BinaryIO, length: int | None) -> str:
     return f"sha256:{hasher.hexdigest()}"
 
 
+def copy_and_digest(source: BinaryIO, target: BinaryIO) -> tuple[str, int]:
+    """Copies to the end of `source`. Returns the digest of what was copied, and how many bytes.
+
+    A chunk is hashed while it is written: both leave Python's lock, and a hash costs about as much as a write.
+    """
+    hasher = hashlib.sha256()
+    chunk = source.read(CHUNK_BYTES)
+    size = len(chunk)
+    if size < CHUNK_BYTES:
+        hasher.update(chunk)
+        target.write(chunk)
+    with ThreadPoolExecutor(1) if size == CHUNK_BYTES else nullcontext() as hashing:
+        while hashing is not None and chunk:
+            hashed = hashing.submit(hasher.update, chunk)
+            target.write(chunk)
+            chunk = source.read(CHUNK_BYTES)
+            size += len(chunk)
+            hashed.result()
+    return f"sha256:{hasher.hexdigest()}", size
+
+
 def is_digest(text: str) -> bool:
     """Whether `text` is written as a digest."""
     return DIGEST_PATTERN.fullmatch(text) is not None
 
 
-def parse_json(data: bytes, what: str) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, finite numbers only.
+def parse_json(data: bytes, what: str, *, max_values: int | None = None) -> Any:
+    """Strict JSON: UTF-8 without a byte order mark, no duplicate keys, finite numbers only, at most 100 deep.
 
-    `what` names the document in the message. Raises Rejected with reason BAD_JSON.
+    `what` names the document in messages. `max_values` bounds the memory that a stranger's document can take: as
+    many commas, and as many brackets, may be in it. Raises Rejected with reason BAD_JSON or TOO_LARGE.
     """
 
     def refuse(detail: str) -> NoReturn:
@@ -72,7 +100,7 @@ def parse_json(data: bytes, what: str) -> Any:
         if len(found) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            refuse(f"the key {twice!r} is there twice")
+            refuse(f"the key {twice[:100]!r} is there twice")
         return found
 
     def finite(text: str) -> float:
@@ -81,23 +109,53 @@ def parse_json(data: bytes, what: str) -> Any:
             refuse(f"{text[:40]} is not a finite number")
         return value
 
+    def whole(text: str) -> int:
+        if len(text) > MAX_JSON_DIGITS:
+            refuse(f"a number has {len(text)} digits")
+        if text == "-0":
+            refuse("-0 is not a whole number")  # for Python it is 0, for others -0.0
+        return int(text)
+
+    if data.startswith(b"\xef\xbb\xbf"):
+        refuse("it begins with a byte order mark, which PEFT does not read; save it as UTF-8 without one")
+    brackets = data.count(b"[") + data.count(b"{")
+    if max_values is not None and max(brackets, data.count(b",")) > max_values:
+        raise Rejected(f"{what} holds more than {max_values} values.", reason="TOO_LARGE")
     try:
-        text = data.decode("utf-8-sig")
+        # Escapes can spell lone surrogates, which parse, but cannot be written.
         value = json.loads(
-            text,
+            data.decode("utf-8"),
             object_pairs_hook=unique,
             parse_float=finite,
+            parse_int=whole,
             parse_constant=lambda word: refuse(f"{word} is not a JSON number"),
         )
-        canonical_json(value)  # lone surrogates parse, but cannot be written
+        if brackets > MAX_JSON_DEPTH and _is_deep(value):
+            refuse(f"it is nested more than {MAX_JSON_DEPTH} deep")
+        if b"\\u" in data:
+            canonical_json(value)
     except (ValueError, RecursionError) as error:
         refuse(str(error) if isinstance(error, ValueError) else "it is nested too deeply")
     return value
 
 
-def parse_json_object(data: bytes, what: str) -> dict[str, Any]:
+def _is_deep(value: Any) -> bool:
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [
+            item
+            for inner in level
+            if isinstance(inner, dict | list)
+            for item in (inner.values() if isinstance(inner, dict) else inner)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def parse_json_object(data: bytes, what: str, *, max_values: int | None = None) -> dict[str, Any]:
     """Like `parse_json`, and the document must be an object."""
-    value = parse_json(data, what)
+    value = parse_json(data, what, max_values=max_values)
     if not isinstance(value, dict):
         raise Rejected(f"{what} must hold a JSON object, not {type(value).__name__}.", reason="BAD_JSON")
     return value

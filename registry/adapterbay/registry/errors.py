@@ -12,7 +12,10 @@
     ├── NoEffect               the adapter would change nothing: never silently the base
     ├── TaskMismatch           the adapter cannot do what was asked (no head, labels that differ)
     ├── Corrupted              stored bytes do not have their digest any more
+    ├── Untrusted              not signed, not by a key that is trusted, or the signature is not good
     ├── StaleAlias             an alias moved since it was read (compare-and-swap failed)
+    ├── Conflict               somebody else was faster, or the place holds something else; read again and decide
+    ├── PromotionRefused       the guard of an alias is not met; `unmet` says by what
     ├── QueueFull              no room; `retry_after_seconds` says when to try again
     ├── DeadlineExceeded       the caller's deadline passed
     ├── Cancelled              the caller went away, or the server is stopping
@@ -27,8 +30,19 @@ place (`adapterbay.server.status`); the command line prints the message as one l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
+
+MAX_MESSAGE: Final = 4000
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: str, most: int = MAX_MESSAGE) -> str:
+    """Text of strangers for people: controls of terminals and turns of direction are escaped, the end is cut."""
+    if len(text) > most:
+        text = f"{text[:most]}…"
+    return _UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class AdapterbayError(Exception):
@@ -38,10 +52,11 @@ class AdapterbayError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, reason: str | None = None, metadata: Mapping[str, str] | None = None) -> None:
+        message = shown(message)
         super().__init__(message)
         self.message = message
         self.reason = reason or self.default_reason
-        self.metadata: dict[str, str] = dict(metadata or {})
+        self.metadata = {key: shown(value, 2000) for key, value in (metadata or {}).items()}
 
 
 class InvalidArgument(AdapterbayError):
@@ -128,10 +143,32 @@ class Corrupted(AdapterbayError):
     default_reason = "CORRUPTED"
 
 
+class Untrusted(AdapterbayError):
+    """A version is not vouched for. `reason` is NOT_SIGNED, UNKNOWN_KEY or BAD_SIGNATURE."""
+
+    default_reason = "BAD_SIGNATURE"
+
+
 class StaleAlias(AdapterbayError):
     """An alias moved since it was read."""
 
     default_reason = "STALE_ALIAS"
+
+
+class Conflict(AdapterbayError):
+    """The place holds something else than the caller thinks: a version number, or the head of a history."""
+
+    default_reason = "CONFLICT"
+
+
+class PromotionRefused(AdapterbayError):
+    """A guarded alias may not point at this version. `unmet` are the demands that are not met, in words."""
+
+    default_reason = "PROMOTION_REFUSED"
+
+    def __init__(self, message: str, *, unmet: Sequence[str]) -> None:
+        super().__init__(message, metadata={"unmet": "; ".join(unmet)})
+        self.unmet = tuple(unmet)
 
 
 class QueueFull(AdapterbayError):

@@ -7,6 +7,8 @@
     version    = [1-9][0-9]*                       at most 18 digits
     alias      = [a-z] *[a-z0-9_-]                 at most 64 characters, not "latest"
     digest     = "sha256:" 64 hex digits, lower case
+    revision   = version | "v" version | commit | digest | "latest" | any tag or branch
+    commit     = 40 hex digits, lower case
 
 A bare name and `NAME@latest` mean the same: the newest version. Printing gives the bare name.
 ASCII only, so no two names look alike; lower case only, so they are files of their own on every file system.
@@ -31,7 +33,8 @@ _ALIAS = re.compile(rf"[a-z][a-z0-9_-]{{0,{MAX_ALIAS - 1}}}")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _HUB_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _HUB_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
-_WINDOWS_DEVICES = frozenset(
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+WINDOWS_DEVICES = frozenset(
     {"con", "prn", "aux", "nul", *(f"com{n}" for n in range(10)), *(f"lpt{n}" for n in range(10))}
 )
 
@@ -62,7 +65,7 @@ def _check_segment(name: str, segment: str) -> None:
         problem = f"the part {segment!r} must begin with a-z or 0-9 and hold only a-z, 0-9, '.', '_' and '-'"
     elif ".." in segment or segment.endswith("."):
         problem = f"the part {segment!r} must not hold '..' nor end with '.'"
-    elif segment.split(".", 1)[0] in _WINDOWS_DEVICES:
+    elif segment.split(".", 1)[0] in WINDOWS_DEVICES:
         problem = f"{segment!r} is a device name on Windows"
     if problem:
         raise InvalidReference(f"{name!r} is not an adapter name: {problem}.", field="name")
@@ -126,20 +129,53 @@ class Reference:
         return self.name if self.selector is None else f"{self.name}@{self.selector}"
 
 
+def check_hub_part(part: str) -> str:
+    """Returns the organization or repository of a Hub name if it can be one, else raises InvalidReference."""
+    if _HUB_PART.fullmatch(part) is None or ".." in part or "--" in part:
+        raise InvalidReference(f"{part[:100]!r} is not a part of a Hub repository name.", field="adapter")
+    return part
+
+
 @dataclass(frozen=True, slots=True)
 class HubReference:
-    """An adapter repository on the Hugging Face Hub. `revision` None is its main branch."""
+    """An adapter repository on the Hugging Face Hub. `revision` None is its newest version.
+
+    A revision of digits alone is a version: `@3` and `@v3` mean the same version and are printed as they were written.
+    """
 
     org: str
     repo: str
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        for part in (self.org, self.repo):
-            if _HUB_PART.fullmatch(part) is None or ".." in part or "--" in part:
-                raise InvalidReference(f"{part!r} is not a part of a Hub repository name.", field="adapter")
-        if self.revision is not None and (_HUB_REVISION.fullmatch(self.revision) is None or ".." in self.revision):
-            raise InvalidReference(f"{self.revision!r} is not a Hub revision.", field="adapter")
+        check_hub_part(self.org)
+        check_hub_part(self.repo)
+        revision = self.revision
+        if revision is None or is_digest(revision):
+            return
+        if _HUB_REVISION.fullmatch(revision) is None or ".." in revision or revision == LATEST:
+            raise InvalidReference(f"{revision[:100]!r} is not a Hub revision.", field="adapter")
+
+    @property
+    def name(self) -> str:
+        """`ORG/REPO`."""
+        return f"{self.org}/{self.repo}"
+
+    @property
+    def version(self) -> int | None:
+        """The version, if the revision is one (`3` or `v3`)."""
+        number = (self.revision or "").removeprefix("v")
+        return int(number) if _VERSION.fullmatch(number) else None
+
+    @property
+    def commit(self) -> str | None:
+        """The commit, if the revision is one."""
+        return self.revision if self.revision and _COMMIT.fullmatch(self.revision) else None
+
+    @property
+    def digest(self) -> str | None:
+        """The digest, if the revision is one."""
+        return self.revision if self.revision and is_digest(self.revision) else None
 
     @classmethod
     def parse(cls, text: str) -> HubReference:
@@ -149,7 +185,7 @@ class HubReference:
         org, slash, repo = path.partition("/")
         if body == text or not slash:
             raise InvalidReference(f"{text[:200]!r} is not a Hub reference: hub:ORG/REPO@REVISION.", field="adapter")
-        return cls(org, repo, revision if separator else None)
+        return cls(org, repo, revision if separator and revision != LATEST else None)
 
     def __str__(self) -> str:
         return f"hub:{self.org}/{self.repo}" + ("" if self.revision is None else f"@{self.revision}")

@@ -8,9 +8,11 @@ from typing import Final
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from adapterbay.registry.gate import Guard
 from adapterbay.registry.manifest import Manifest
-from adapterbay.registry.views import AdapterSummary, PushReceipt, VerifyReport, VersionRecord
+from adapterbay.registry.views import AdapterSummary, PushReceipt, RegistryEvent, VerifyReport, VersionRecord
 
 WIDTH_WITHOUT_TERMINAL: Final = 200
 
@@ -42,6 +44,50 @@ def adapter_table(adapters: Iterable[AdapterSummary]) -> Table:
     return table
 
 
+def history_table(events: Iterable[RegistryEvent]) -> Table:
+    """One row per event, the oldest first."""
+    table = Table("#", "When (UTC)", "By", "Version", "What")
+    for event in events:
+        table.add_row(
+            str(event.sequence),
+            event.at.strftime("%Y-%m-%d %H:%M:%S"),
+            Text(event.by or "unknown"),
+            str(event.version) if event.version else "",
+            Text(_what(event)),
+        )
+    return table
+
+
+def _what(event: RegistryEvent) -> str:
+    detail = event.detail
+    if event.kind == "pushed":
+        return f"pushed {event.digest[:19]}…"
+    if event.kind == "alias_set":
+        was = "" if event.previous_version is None else f" (was {event.previous_version})"
+        how = "rolled back to" if detail.get("rollback") else "→"
+        forced = f", forced: {detail['forced']} [{'; '.join(detail['overruled'])}]" if "forced" in detail else ""
+        return f"{event.alias} {how} {event.version}{was}{forced}"
+    if event.kind == "alias_removed":
+        return f"{event.alias} removed"
+    if event.kind == "tagged":
+        tags = [f"{key}={value}" if value else key for key, value in detail.get("set", {}).items()]
+        return f"tagged {', '.join([*tags, *(f'-{key}' for key in detail.get('removed', ()))])}"
+    if event.kind == "deprecated":
+        reason = detail.get("reason")
+        return "not deprecated any more" if reason is None else f"deprecated: {reason}"
+    if event.kind == "guard_set":
+        return f"{event.alias} guarded: {Guard.from_document(detail)}"
+    if event.kind == "guard_removed":
+        return f"{event.alias} not guarded any more"
+    if event.kind == "compared":
+        return f"compared with {str(detail['against'])[:19]}: {detail['verdict']} ({detail['metric']})"
+    if event.kind == "signed":
+        return f"signed{' with ' + str(detail['key'])[:23] if detail.get('key') else ''}"
+    if event.kind == "committed":
+        return f"commit {str(detail['sha'])[:10]} {detail['title']}"
+    return f"deleted{': ' + str(detail['reason']) if detail.get('reason') else ''}"
+
+
 def push_lines(receipt: PushReceipt) -> list[str]:
     """What was found and what was stored."""
     lines = [f"found: {finding}" for finding in receipt.findings]
@@ -65,11 +111,15 @@ def version_lines(version: VersionRecord, manifest: Manifest) -> list[str]:
         "labels": ", ".join(version.labels) or "none",
         "base": version.base_reference,
         "base fingerprint": version.base_fingerprint,
+        "parents": ", ".join(manifest.parents) or "none",
+        "tags": ", ".join(f"{key}={value}" if value else key for key, value in version.tags.items()) or "none",
+        "signed": "yes" if version.signed else "no",
         "libraries": ", ".join(f"{name} {number}" for name, number in manifest.library_versions.items()) or "unknown",
     }
-    metrics = (manifest.training or {}).get("metrics")
-    if isinstance(metrics, dict):
-        facts["metrics"] = ", ".join(f"{name}={value}" for name, value in metrics.items())
+    if version.deprecated is not None:
+        facts["deprecated"] = version.deprecated
+    if version.metrics:
+        facts["metrics"] = ", ".join(f"{name}={value:g}" for name, value in version.metrics.items())
     lines = [f"{name + ':':<18}{value}" for name, value in facts.items()]
     return lines + [f"{'file:':<18}{entry.path}  {size(entry.size)}  {entry.digest}" for entry in manifest.files]
 

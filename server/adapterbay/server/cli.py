@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +54,12 @@ def start(
     kv_bytes: Annotated[int, typer.Option(help="Bytes for the key/value cache.")] = DEFAULTS.kv_bytes,
     host_bytes: Annotated[int, typer.Option(help="Bytes for adapters in host memory.")] = DEFAULTS.host_bytes,
     device_bytes: Annotated[int, typer.Option(help="Bytes for adapters on the device.")] = DEFAULTS.device_bytes,
+    require_signature: Annotated[
+        bool, typer.Option("--require-signature", help="Load only versions that a trusted key signed.")
+    ] = DEFAULTS.require_signature,
+    trusted_key: Annotated[
+        list[str] | None, typer.Option("--trusted-key", metavar="FILE", help="A public key to trust; may be repeated.")
+    ] = None,
     drain_seconds: Annotated[float, typer.Option(help="How long calls may finish at a stop.")] = DEFAULTS.drain_seconds,
     log_level: Annotated[str, typer.Option(help=", ".join(LOG_LEVELS))] = "warning",
     json_ready: Annotated[bool, typer.Option("--json-ready", help="Say what is held as one JSON line.")] = False,
@@ -75,6 +82,8 @@ def start(
         kv_bytes=kv_bytes,
         host_bytes=host_bytes,
         device_bytes=device_bytes,
+        require_signature=require_signature,
+        trusted_keys=tuple(trusted_key or ()),
         drain_seconds=drain_seconds,
     )
 
@@ -97,8 +106,16 @@ def read_config(**settings: Any) -> ServerConfig:
     try:
         return ServerConfig(**settings)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise InvalidArgument(f"The server's settings are wrong: {wrong}.") from None
+        raise InvalidArgument(
+            f"The server's settings are wrong: {'; '.join(_problem(item) for item in error.errors())}."
+        ) from None
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    """A setting and what is wrong with it; what is wrong with several together has no place of its own."""
+    place = ".".join(map(str, item["loc"]))
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
 
 
 def holdings(serving: Serving) -> dict[str, Any]:

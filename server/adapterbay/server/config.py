@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MEBIBYTE = 1 << 20
 
@@ -32,4 +34,15 @@ class ServerConfig(BaseModel):
     device_bytes: int = Field(default=1024 * MEBIBYTE, ge=MEBIBYTE, description="Budget of adapters in device slots.")
     load_threads: int = Field(default=2, ge=1, description="Adapters that load at once.")
 
+    require_signature: bool = Field(default=False, description="Load only versions that a trusted key signed.")
+    trusted_keys: tuple[str, ...] = Field(default=(), description="Files of the public keys that are trusted.")
+
     drain_seconds: float = Field(default=30.0, ge=0, description="How long running rows may finish at a stop.")
+
+    @model_validator(mode="after")
+    def _trust_is_whole(self) -> Self:
+        if self.require_signature and not self.trusted_keys:
+            raise ValueError("require_signature needs a trusted key: name the file of a public key")
+        if self.trusted_keys and not self.require_signature:
+            raise ValueError("trusted keys change nothing without require_signature: set it, too")
+        return self

@@ -39,6 +39,7 @@ from adapterbay.server.pooling import StatePooler, blend_heads
 from adapterbay.server.requests import ClassifyTask, EmbedTask, GenerateTask, Pooling, Request
 from adapterbay.server.runner import Runner
 from adapterbay.server.scheduler import Scheduler
+from adapterbay.server.trust import trusted_keys
 
 DEFAULT_NEW_TOKENS = 256
 RETRY_AFTER_SECONDS = 0.5
@@ -65,6 +66,7 @@ class AdapterManager:
     ) -> None:
         self.registry = registry
         self._model = model
+        self._trust = trusted_keys(config)
         self._sites = {path: (layer.in_features, layer.out_features) for path, layer in model.layers.items()}
         self.manifest = lru_cache(maxsize=4096)(registry.manifest)
         self.memory = HostMemory(
@@ -129,6 +131,8 @@ class AdapterManager:
     def _load(self, digest: str) -> ServingForm:
         manifest = self.check_base(digest)
         snapshot = self.registry.open_snapshot(digest)
+        if self._trust is not None:
+            self._trust.check(snapshot, snapshot.signature)
         files = {entry.path: snapshot.read(entry.path) for entry in manifest.files}
         return build_form(manifest, files, self._model.base.files, self._sites)
 
@@ -176,6 +180,7 @@ class Engine:
     def create(cls, config: ServerConfig) -> Engine:
         """Loads the base and opens the registry; blocks for as long as that takes."""
         registry = Registry.open(config.registry)
+        trusted_keys(config)  # a wrong key is told before the base is loaded
 
         def load() -> Engine:
             if config.threads is not None:

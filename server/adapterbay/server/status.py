@@ -19,6 +19,7 @@ from adapterbay.registry.errors import (
     AdapterbayError,
     BaseMismatch,
     Cancelled,
+    Conflict,
     Corrupted,
     DeadlineExceeded,
     EngineFault,
@@ -26,6 +27,7 @@ from adapterbay.registry.errors import (
     MissingExtra,
     NoEffect,
     NotFound,
+    PromotionRefused,
     QueueFull,
     Rejected,
     StaleAlias,
@@ -33,6 +35,7 @@ from adapterbay.registry.errors import (
     TaskMismatch,
     Unavailable,
     UnsupportedMethod,
+    Untrusted,
 )
 
 DOMAIN = "adapterbay"
@@ -56,7 +59,10 @@ CODES: dict[type[AdapterbayError], grpc.StatusCode] = {
     TaskMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     # Not DATA_LOSS: the call itself lost nothing, and the contract promises FAILED_PRECONDITION for altered files.
     Corrupted: grpc.StatusCode.FAILED_PRECONDITION,
+    Untrusted: grpc.StatusCode.FAILED_PRECONDITION,
     StaleAlias: grpc.StatusCode.ABORTED,
+    Conflict: grpc.StatusCode.ABORTED,
+    PromotionRefused: grpc.StatusCode.FAILED_PRECONDITION,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Cancelled: grpc.StatusCode.CANCELLED,

@@ -19,6 +19,8 @@ from adapterbay.server.services.ports import AdaptersPort, EventPort
 
 POLL_SECONDS = 0.1
 WATCHER_EVENTS = 1_024
+WATCHED = frozenset({"pushed", "alias_set", "alias_removed"})
+"""The changes of a registry that a watcher hears of: those that change what a reference means."""
 
 Change = RegistryEvent | EventPort
 
@@ -125,7 +127,8 @@ class AdapterFeed:
                 continue
             for event in events:
                 self._seen = event.sequence
-                self._publish(event)
+                if event.kind in WATCHED:
+                    self._publish(event)
 
     def _new_events(self) -> list[RegistryEvent]:
         registry = self._adapters.registry

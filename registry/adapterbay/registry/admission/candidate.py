@@ -5,39 +5,48 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast, get_args
+from typing import Any, Final
 
-from adapterbay.registry.admission import AdmissionReport, Head, Limits, admit
-from adapterbay.registry.admission.folder import PeftFolder
+from pydantic import ValidationError
+
+from adapterbay.registry.admission import AdmissionReport, Limits, admit, understand
+from adapterbay.registry.admission.documents import read_document
+from adapterbay.registry.admission.evidence import own_chat_template, training_evidence
+from adapterbay.registry.admission.folder import STORED_FILES, PeftFolder
+from adapterbay.registry.admission.origins import FindBase, Origin, base_at, base_named, find_labels, find_task
 from adapterbay.registry.base import BaseFiles, BaseReference, locate
 from adapterbay.registry.base.fingerprint import chat_template
-from adapterbay.registry.digest import is_digest, parse_json_object
-from adapterbay.registry.errors import (
-    BaseMismatch,
-    BaseNotFound,
-    InvalidArgument,
-    Rejected,
-    TaskMismatch,
-    UnsupportedMethod,
-)
+from adapterbay.registry.digest import is_digest
+from adapterbay.registry.errors import BaseMismatch, Rejected, shown
 from adapterbay.registry.local.blobs import Staged
-from adapterbay.registry.manifest import CONFIG_FILE, TRAINING_FILE, FileEntry, Manifest, TaskName
+from adapterbay.registry.manifest import (
+    README_FILE,
+    TRAINING_FILE,
+    FileEntry,
+    Manifest,
+    TaskName,
+    is_plain,
+    unusable,
+)
+from adapterbay.registry.portable import MANIFEST_PATH, mismatch
 
-PEFT_TASKS: Final[Mapping[str, TaskName]] = {
-    "CAUSAL_LM": "causal-lm",
-    "SEQ_CLS": "sequence-classification",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
-MAX_LABELS: Final = 100_000
+MAX_NAMED: Final = 20
+"""How many of the files that were left out are named."""
+MAX_FINDING: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the caller says about the folder; None: find it."""
+    """What the caller says about the folder; None: find it.
+
+    `claimed` is the manifest that the folder brings; `parents` are the digests of what it was made from.
+    """
 
     base: str | BaseReference | None = None
     task: str | None = None
     labels: tuple[str, ...] | None = None
+    claimed: Manifest | None = None
+    parents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,178 +58,131 @@ class Candidate:
 
 
 def examine(
-    folder: PeftFolder, staged: Mapping[str, Staged], wishes: Wishes, limits: Limits | None = None
+    folder: PeftFolder,
+    staged: Mapping[str, Staged],
+    wishes: Wishes,
+    limits: Limits | None = None,
+    *,
+    find_base: FindBase = locate,
 ) -> Candidate:
     """Runs admission on the staged copies and describes them as a manifest.
 
-    Raises Rejected, UnsupportedMethod, NoEffect, BaseMismatch, TaskMismatch, BaseNotFound or InvalidArgument.
+    `find_base` brings the base that the files name; a server gives one that opens no path a client names, and raises
+    BaseNotFound for those. Raises Rejected, UnsupportedMethod, NoEffect, BaseMismatch, TaskMismatch, BaseNotFound or
+    InvalidArgument.
     """
     limits = limits or Limits()
-    config = _document(staged, CONFIG_FILE, limits)
-    training = _document(staged, TRAINING_FILE, limits) if TRAINING_FILE in staged else None
-    base, origin = _base(config, training, wishes)
-    report = admit(
-        {name: file.path for name, file in staged.items()},
-        base.tensor_shapes(),
-        base_config=base.config,
-        limits=limits,
-    )
-    task, task_origin = _task(config, training, wishes, report.head)
-    labels, labels_origin = _labels(folder, training, wishes, report.head)
+    files: dict[str, Path | bytes] = {name: file.path for name, file in staged.items()}
+    config, _, _ = understand(files, limits)  # before a base is fetched for it
+    training = None
+    if TRAINING_FILE in staged:
+        training = read_document(staged[TRAINING_FILE].path, TRAINING_FILE, limits.document_bytes)
+    base, origin = _base(config, training, wishes, find_base)
+    report = admit(files, base.tensor_shapes(), base_config=base.config, limits=limits)
+    if wishes.claimed is not None:
+        return _as_claimed(wishes.claimed, staged, report, base, wishes, training)
+    task, task_origin = find_task(config, training, wishes.task, report.head)
+    labels, labels_origin = find_labels(folder.beside, training, wishes.labels, report.head)
     findings = [
         *report.findings,
         f"base {base.reference} ({origin}), fingerprint {base.fingerprint}",
         f"task {task} ({task_origin})",
     ]
     if labels:
-        shown = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
-        findings.append(f"{len(labels)} labels: {shown} ({labels_origin})")
+        first = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
+        findings.append(f"{len(labels)} labels: {first} ({labels_origin})")
     findings += _tokenizer_findings(folder, base, training)
-    if folder.left_out:
-        findings.append(f"left out: {', '.join(folder.left_out)}")
-    return Candidate(_manifest(staged, report, base, task, labels, training), tuple(findings))
+    if training is None:
+        readme = staged.get(README_FILE)
+        evidence = training_evidence(
+            folder.beside, readme.path if readme else None, folder.path.name if folder.path else ""
+        )
+        training = evidence.record
+        findings += evidence.findings
+    findings += _left_out(folder)
+    manifest = _manifest(staged, report, base, task, labels, training, wishes.parents)
+    return Candidate(manifest, tuple(shown(finding, MAX_FINDING) for finding in findings))
 
 
-def _document(staged: Mapping[str, Staged], name: str, limits: Limits) -> dict[str, Any]:
-    file = staged[name]
-    if file.size > limits.document_bytes:
-        raise Rejected(f"{name} has {file.size} bytes, over {limits.document_bytes}.", reason="TOO_LARGE")
-    return parse_json_object(file.path.read_bytes(), name)
+def _as_claimed(
+    claimed: Manifest,
+    staged: Mapping[str, Staged],
+    report: AdmissionReport,
+    base: BaseFiles,
+    wishes: Wishes,
+    training: dict[str, Any] | None,
+) -> Candidate:
+    """The manifest that the folder brings, if everything that it says holds."""
+    for entry in claimed.files:
+        if entry.path not in STORED_FILES:
+            raise mismatch(f"it names {entry.path}, and only {', '.join(STORED_FILES)} are files of a version")
+        if staged[entry.path].digest != entry.digest:
+            raise mismatch(f"{entry.path} is {staged[entry.path].digest}, not {entry.digest}")
+    found: dict[str, Any] = {"peft_type": report.peft_type, "peft_config": report.config, "rank": report.rank}
+    if training is not None:
+        found["training"] = training
+    for key, value in found.items():
+        if getattr(claimed, key) != value:
+            raise mismatch(f"its {key} contradicts the files")
+    said = {"task": wishes.task, "labels": wishes.labels, "parents": wishes.parents or None}
+    for key, wanted in said.items():
+        if wanted is not None and wanted != getattr(claimed, key):
+            raise mismatch(f"you gave another {key}")
+    if (claimed.task == "sequence-classification") != (report.head is not None):
+        raise mismatch(f"its task is {claimed.task}, {'but it has' if report.head else 'and it lacks'} a head")
+    if report.head is not None and len(claimed.labels) != report.head.labels:
+        raise mismatch(f"it has {len(claimed.labels)} labels for the {report.head.labels} rows of its head")
+    digests = (base.tokenizer_digest, claimed.tokenizer_digest)
+    if None not in digests and digests[0] != digests[1]:
+        raise mismatch("its tokenizer is not the base's")
+    facts = [f"base {claimed.base_reference}, fingerprint {claimed.base_fingerprint}", f"task {claimed.task}"]
+    return Candidate(claimed, (*report.findings, *facts, "its own manifest, which was kept"))
 
 
-def _base(config: Mapping[str, Any], training: Mapping[str, Any] | None, wishes: Wishes) -> tuple[BaseFiles, str]:
+def _base(
+    config: Mapping[str, Any], training: Mapping[str, Any] | None, wishes: Wishes, find_base: FindBase
+) -> tuple[BaseFiles, str]:
     recorded = training.get("base") if training else None
     if recorded is not None and not isinstance(recorded, dict):
         raise Rejected(f"{TRAINING_FILE} has a base that is not an object.", reason="BAD_CONFIG")
-    recorded = recorded or {}
-    reference: str | BaseReference
     if wishes.base is not None:
-        reference, origin = wishes.base, "as you said"
-    elif isinstance(recorded.get("reference"), str):
-        reference, origin = recorded["reference"], f"from {TRAINING_FILE}"
-    elif isinstance(config.get("base_model_name_or_path"), str) and config["base_model_name_or_path"]:
-        reference, origin = _named_by_peft(config), f"from {CONFIG_FILE}"
+        base, where = find_base(wishes.base), "as you said"
     else:
-        raise InvalidArgument("The folder does not say which base it is for: pass --base.", field="base")
-    try:
-        base = locate(reference)
-    except (BaseNotFound, InvalidArgument) as error:
-        if wishes.base is not None:
-            raise
-        raise BaseNotFound(
-            f"The base {reference} ({origin}) was not found: {error.message} Pass --base to say where it is."
-        ) from error
-    fingerprint = recorded.get("fingerprint")
+        claimed = wishes.claimed
+        origin = Origin(claimed.base_reference, f"from {MANIFEST_PATH}") if claimed else base_named(config, training)
+        base, where = base_at(origin, find_base), origin.where
+    fingerprint = wishes.claimed.base_fingerprint if wishes.claimed else (recorded or {}).get("fingerprint")
     if fingerprint is not None and fingerprint != base.fingerprint:
         raise BaseMismatch(
-            f"The adapter was trained on a base with the fingerprint {fingerprint}, but {base.reference} has "
+            f"The adapter was trained on a base with the fingerprint {str(fingerprint)[:80]}, but {base.reference} has "
             f"{base.fingerprint}. Pass --base to say where the right one is.",
             expected=base.fingerprint,
-            actual=str(fingerprint),
+            actual=str(fingerprint)[:80],
         )
-    return base, origin
-
-
-def _named_by_peft(config: Mapping[str, Any]) -> BaseReference:
-    reference = BaseReference.parse(config["base_model_name_or_path"])
-    revision = config.get("revision")
-    if reference.scheme == "hub" and reference.revision is None and isinstance(revision, str) and revision:
-        return BaseReference("hub", reference.target, revision)
-    return reference
-
-
-def _task(
-    config: Mapping[str, Any], training: Mapping[str, Any] | None, wishes: Wishes, head: Head | None
-) -> tuple[TaskName, str]:
-    task, origin = _find_task(config, training, wishes, head)
-    if task not in get_args(TaskName):
-        raise InvalidArgument(f"The task {task[:60]!r} is not one of {', '.join(get_args(TaskName))}.", field="task")
-    if task == "sequence-classification" and head is None:
-        raise Rejected(
-            "A sequence-classification adapter needs its head (score or classifier) among its tensors: train with "
-            "task_type=SEQ_CLS, so that PEFT saves it.",
-            reason="MISSING_TENSOR",
-        )
-    if task != "sequence-classification" and head is not None:
-        raise TaskMismatch(f"The adapter has a head ({head.name}), but its task is {task}: pass --task.")
-    return cast(TaskName, task), origin
-
-
-def _find_task(
-    config: Mapping[str, Any], training: Mapping[str, Any] | None, wishes: Wishes, head: Head | None
-) -> tuple[str, str]:
-    if wishes.task is not None:
-        return wishes.task, "as you said"
-    if training and isinstance(training.get("task"), str):
-        return training["task"], f"from {TRAINING_FILE}"
-    peft_task = config.get("task_type")
-    if isinstance(peft_task, str):
-        if peft_task not in PEFT_TASKS:
-            raise UnsupportedMethod(f"The task type {peft_task[:60]} is not served: {', '.join(PEFT_TASKS)} are.")
-        return PEFT_TASKS[peft_task], f"from {CONFIG_FILE}"
-    if head is not None:
-        return "sequence-classification", "it has a head"
-    raise InvalidArgument(
-        f"The folder does not say its task: pass --task with one of {', '.join(get_args(TaskName))}.", field="task"
-    )
-
-
-def _labels(
-    folder: PeftFolder, training: Mapping[str, Any] | None, wishes: Wishes, head: Head | None
-) -> tuple[tuple[str, ...], str]:
-    if head is None:
-        if wishes.labels:
-            raise InvalidArgument("Labels were given, but the adapter has no head.", field="labels")
-        return (), ""
-    labels, origin = _find_labels(folder, training, wishes, head)
-    if len(labels) != head.labels:
-        raise Rejected(
-            f"The head has {head.labels} rows, but there are {len(labels)} labels ({origin}): pass --label for each.",
-            reason="SHAPE_MISMATCH",
-        )
-    if len(set(labels)) != len(labels) or not all(label.strip() for label in labels):
-        raise InvalidArgument(f"Labels ({origin}) must differ and must not be empty: pass --label.", field="labels")
-    return labels, origin
-
-
-def _find_labels(
-    folder: PeftFolder, training: Mapping[str, Any] | None, wishes: Wishes, head: Head
-) -> tuple[tuple[str, ...], str]:
-    if head.labels > MAX_LABELS:
-        raise Rejected(f"The head has {head.labels} rows; {MAX_LABELS} are allowed.", reason="TOO_LARGE")
-    if wishes.labels is not None:
-        return wishes.labels, "as you said"
-    found = training.get("labels") if training else None
-    if found:
-        if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
-            raise Rejected(f"{TRAINING_FILE} has labels that are not a list of text.", reason="BAD_CONFIG")
-        return tuple(found), f"from {TRAINING_FILE}"
-    if folder.config_json is not None:
-        names = _id2label(folder.config_json)
-        if names is not None:
-            return names, "from config.json"
-    return tuple(str(row) for row in range(head.labels)), "counted"
-
-
-def _id2label(path: Path) -> tuple[str, ...] | None:
-    names = parse_json_object(path.read_bytes(), "config.json").get("id2label")
-    if not isinstance(names, dict) or not names:
-        return None
-    rows = [names.get(str(row)) for row in range(len(names))]
-    if not all(isinstance(name, str) for name in rows):
-        raise Rejected("config.json has an id2label that does not count from 0.", reason="BAD_CONFIG")
-    return tuple(str(name) for name in rows)
+    return base, where
 
 
 def _tokenizer_findings(folder: PeftFolder, base: BaseFiles, training: Mapping[str, Any] | None) -> list[str]:
     findings = []
-    own = chat_template(folder.path)
-    if own is not None and own != chat_template(base.folder):
-        findings.append("the folder's chat template differs from the base's; the base's is served")
+    try:
+        own = own_chat_template(folder.beside)
+    except Rejected as error:
+        findings.append(f"the folder's chat template was not read: {error.message}")
+    else:
+        if own is not None and own != chat_template(base.folder):
+            findings.append("the folder's chat template differs from the base's; the base's is served")
     trained_with = training.get("chat_template_digest") if training else None
     if trained_with is not None and trained_with != base.chat_template_digest:
         findings.append("it was trained with another chat template than the base's")
     return findings
+
+
+def _left_out(folder: PeftFolder) -> list[str]:
+    names = [name if is_plain(name) else ascii(name) for name in folder.left_out]
+    if not names:
+        return []
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return [f"left out: {', '.join(names[:MAX_NAMED])}{more}"]
 
 
 def _manifest(
@@ -230,28 +192,42 @@ def _manifest(
     task: TaskName,
     labels: tuple[str, ...],
     training: dict[str, Any] | None,
+    parents: tuple[str, ...],
 ) -> Manifest:
     trained_with = training.get("chat_template_digest") if training else None
+    try:
+        return Manifest(
+            files=tuple(
+                FileEntry(path=name, digest=file.digest, size=file.size) for name, file in sorted(staged.items())
+            ),
+            peft_type=report.peft_type,
+            peft_config=report.config,
+            base_reference=str(base.reference),
+            base_fingerprint=base.fingerprint,
+            task=task,
+            labels=labels,
+            rank=report.rank,
+            chat_template_digest=trained_with
+            if isinstance(trained_with, str) and is_digest(trained_with)
+            else base.chat_template_digest,
+            tokenizer_digest=base.tokenizer_digest,
+            library_versions=_libraries(report.config, training),
+            training=training,
+            parents=parents,
+        )
+    except ValidationError as error:
+        raise unusable(error) from error
+
+
+def _libraries(config: Mapping[str, Any], training: Mapping[str, Any] | None) -> dict[str, str]:
     versions = (training or {}).get("versions")
-    libraries = {str(key): str(value) for key, value in versions.items()} if isinstance(versions, dict) else {}
-    if isinstance(report.config.get("peft_version"), str):
-        libraries.setdefault("peft", report.config["peft_version"])
-    return Manifest(
-        files=tuple(FileEntry(path=name, digest=file.digest, size=file.size) for name, file in sorted(staged.items())),
-        peft_type=report.peft_type,
-        peft_config=report.config,
-        base_reference=str(base.reference),
-        base_fingerprint=base.fingerprint,
-        task=task,
-        labels=labels,
-        rank=report.rank,
-        chat_template_digest=trained_with
-        if isinstance(trained_with, str) and is_digest(trained_with)
-        else base.chat_template_digest,
-        tokenizer_digest=base.tokenizer_digest,
-        library_versions=libraries,
-        training=training,
-    )
+    named = dict(versions) if isinstance(versions, Mapping) else {}
+    named.setdefault("peft", config.get("peft_version"))
+    return {
+        name: version
+        for name, version in named.items()
+        if isinstance(version, str) and len(name) + len(version) < 200 and is_plain(name + version)
+    }
 
 
 def as_labels(labels: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
-from adapterbay.registry.admission.patterns import first_match
+from adapterbay.registry.admission.patterns import ModulePatterns
 from adapterbay.registry.admission.peft_fields import check_fields
 from adapterbay.registry.errors import Rejected, UnsupportedMethod
 
@@ -24,21 +24,23 @@ class LoraSettings:
     use_rslora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    rank_keys: ModulePatterns = field(repr=False, compare=False)
+    alpha_keys: ModulePatterns = field(repr=False, compare=False)
 
     def rank_of(self, module: str) -> int:
         """The rank that PEFT gives to `module`."""
-        key = first_match(self.rank_pattern, module)
+        key = self.rank_keys.first(module)
         return self.r if key is None else self.rank_pattern[key]
 
     def scaling_of(self, module: str, rank: int) -> float:
         """The factor of B A on `module`."""
-        key = first_match(self.alpha_pattern, module)
+        key = self.alpha_keys.first(module)
         alpha = self.alpha if key is None else self.alpha_pattern[key]
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
 def read_settings(config: Mapping[str, Any]) -> LoraSettings:
-    """Reads adapter_config.json. Raises UnsupportedMethod, or Rejected: UNKNOWN_CONFIG_KEY, BAD_CONFIG."""
+    """Reads adapter_config.json. Raises UnsupportedMethod, or Rejected: UNKNOWN_CONFIG_KEY, BAD_CONFIG, BAD_PATTERN."""
     check_fields(config)
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         _names(config, key)
@@ -49,12 +51,16 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
     if use_rslora is not None and not isinstance(use_rslora, bool):
         _refuse("use_rslora", use_rslora, "true or false")
     _check_heads(config)
+    ranks = {key: _rank("rank_pattern", value) for key, value in _pattern(config, "rank_pattern").items()}
+    alphas = {key: _alpha("alpha_pattern", value) for key, value in _pattern(config, "alpha_pattern").items()}
     return LoraSettings(
         r=_rank("r", config.get("r", 8)),
         alpha=_alpha("lora_alpha", config.get("lora_alpha", 8)),
         use_rslora=bool(use_rslora),
-        rank_pattern={key: _rank("rank_pattern", value) for key, value in _pattern(config, "rank_pattern").items()},
-        alpha_pattern={key: _alpha("alpha_pattern", value) for key, value in _pattern(config, "alpha_pattern").items()},
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        rank_keys=ModulePatterns(ranks),
+        alpha_keys=ModulePatterns(alphas),
     )
 
 

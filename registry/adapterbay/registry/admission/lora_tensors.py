@@ -21,7 +21,7 @@ from adapterbay.registry.admission.module_names import (
     backbone_path,
     hidden_size,
 )
-from adapterbay.registry.admission.patterns import is_targeted
+from adapterbay.registry.admission.patterns import Targets
 from adapterbay.registry.admission.safetensors_file import Header, TensorInfo
 from adapterbay.registry.admission.tensor_values import FLOAT_DTYPES
 from adapterbay.registry.errors import Rejected, UnsupportedMethod
@@ -101,9 +101,9 @@ def match_tensors(
     for key, tensor in header.tensors.items():
         if tensor.dtype not in FLOAT_DTYPES:
             raise Rejected(
-                f"The tensor {key} has the dtype {tensor.dtype}: save it as F32, BF16 or F16.",
+                f"The tensor {key[:200]} has the dtype {tensor.dtype}: save it as F32, BF16 or F16.",
                 reason="UNSUPPORTED_DTYPE",
-                metadata={"tensor": key},
+                metadata={"tensor": key[:200]},
             )
         if match := _LORA_KEY.fullmatch(key):
             factors.setdefault(match["module"], {})[match["side"]] = tensor
@@ -112,7 +112,10 @@ def match_tensors(
         else:
             raise _no_place(key)
     transposed = base_config.get("model_type") in CONV1D_MODEL_TYPES
-    modules = [_module(name, pair, config, settings, base_shapes, transposed) for name, pair in sorted(factors.items())]
+    targets = Targets(config)
+    modules = [
+        _module(name, pair, targets, settings, base_shapes, transposed) for name, pair in sorted(factors.items())
+    ]
     _check_one_naming(modules)
     return Matched(tuple(modules), _head(heads, base_config))
 
@@ -121,7 +124,7 @@ def _no_place(key: str) -> Exception:
     if match := _EMBEDDING_KEY.fullmatch(key):
         return _not_served_yet(match["module"])
     if _HEAD_LAYER_KEY.fullmatch(key):
-        return UnsupportedMethod(f"The head tensor {key} is not served yet: only a head of one linear layer is.")
+        return UnsupportedMethod(f"The head tensor {key[:200]} is not served yet: only a head of one linear layer is.")
     return Rejected(
         f"The tensor {key[:200]} has no place: it is neither A or B of a LoRA module nor a head.",
         reason="UNKNOWN_TENSOR",
@@ -139,7 +142,7 @@ def _not_served_yet(module: str) -> UnsupportedMethod:
 def _module(
     name: str,
     pair: Mapping[str, TensorInfo],
-    config: dict[str, Any],
+    targets: Targets,
     settings: LoraSettings,
     base_shapes: Mapping[str, tuple[int, ...]],
     transposed: bool,
@@ -160,7 +163,7 @@ def _module(
             reason="UNKNOWN_MODULE",
             metadata={"module": name},
         )
-    if not is_targeted(config, name):
+    if name not in targets:
         raise Rejected(
             f"The adapter has tensors for {name}, but its own target_modules leave it out: PEFT would ignore them.",
             reason="UNKNOWN_TENSOR",

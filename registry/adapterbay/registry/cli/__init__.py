@@ -1,12 +1,17 @@
 """The commands of `registry`. Exit codes: see `adapterbay.registry.console`.
 
-Each module adds its commands to `app` when it is imported.
+Each module adds its commands to `app` when it is imported; the order here is the order in the help.
 """
 
 from __future__ import annotations
 
+# isort: off
 from adapterbay.registry.cli import versions as _versions
+from adapterbay.registry.cli import lifecycle as _lifecycle
+from adapterbay.registry.cli import keeping as _keeping
 from adapterbay.registry.cli.common import app
 
+# isort: on
+
 __all__ = ["app"]
-_ = (_versions,)
+_MODULES = (_versions, _lifecycle, _keeping)

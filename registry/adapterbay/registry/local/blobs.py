@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Final
 
 from adapterbay.registry import durable
-from adapterbay.registry.digest import CHUNK_BYTES, digest_bytes, digest_file, digest_stream
-from adapterbay.registry.errors import Corrupted, InvalidArgument
+from adapterbay.registry.admission.regular_file import open_regular
+from adapterbay.registry.digest import copy_and_digest, digest_bytes, digest_file, digest_stream, is_digest
+from adapterbay.registry.errors import Corrupted
 
 ABANDONED_SECONDS: Final = 24 * 3600
 """A staging folder of another machine, or of a process that cannot be asked, is dead after this time."""
@@ -44,22 +45,21 @@ class Staging:
     files: list[Staged] = field(default_factory=list)
 
     def add_file(self, source: Path) -> Staged:
-        """Copies a file in; durable unless its blob is there already. Raises InvalidArgument if it is unreadable."""
+        """Copies a regular file in; durable unless its blob is there already. Raises as `open_regular` does."""
         target = self._target()
-        try:
-            reading = source.open("rb")
-        except OSError as error:
-            raise InvalidArgument(f"{source} cannot be read: {error.strerror}.", field="folder") from error
-        with reading, target.open("wb") as writing:
-            while chunk := reading.read(CHUNK_BYTES):
-                writing.write(chunk)
-        return self._add(target, digest_file(target))
+        with open_regular(source, source.name, follow=False) as reading, target.open("wb") as writing:
+            digest, _ = copy_and_digest(reading, writing)
+        return self._add(target, digest)
 
     def add_bytes(self, data: bytes) -> Staged:
         """Stages bytes."""
         target = self._target()
         target.write_bytes(data)
         return self._add(target, digest_bytes(data))
+
+    def adopt(self, path: Path, digest: str) -> Staged:
+        """Takes a file that was written at `temporary()` without copying it. Raises Corrupted if it is not `digest`."""
+        return self._add(path.rename(self._target()), digest)
 
     def temporary(self) -> Path:
         """A path for a file of the caller's own."""
@@ -163,6 +163,13 @@ class BlobStore:
         path = self.path(digest)
         path.unlink(missing_ok=True)
         durable.remove_empty_folders(path.parent, self._blobs)
+
+    def all(self) -> Iterator[tuple[str, Path]]:
+        """Digest and path of every blob on disk, in no order."""
+        for path in self._blobs.glob("*/*"):
+            digest = f"sha256:{path.name}"
+            if is_digest(digest) and path.is_file():
+                yield digest, path
 
     def sweep_staging(self) -> int:
         """Removes the staging folders of dead pushes. Returns how many."""

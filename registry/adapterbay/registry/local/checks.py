@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from adapterbay.registry.errors import Corrupted, Rejected
-from adapterbay.registry.local import queries
+from adapterbay.registry.local import changes, queries
 from adapterbay.registry.local.blobs import BlobStore
 from adapterbay.registry.local.index import Index
-from adapterbay.registry.local.records import AliasLine, Records, VersionFile
+from adapterbay.registry.local.records import Change, Records, VersionFile
 from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.views import Problem, RegistryEvent, VerifyReport, VersionRecord
+
+_log = logging.getLogger(__name__)
+
+
+TABLES: Final = (
+    *("adapters", "versions", "aliases", "blobs", "events", "tags", "metrics", "guards", "comparisons", "commits"),
+)
 
 
 class _Verification:
@@ -48,19 +56,19 @@ class _Verification:
         if (found.digest, found.created_at, found.sequence) != expected:
             self.problems.append(Problem("record", subject, f"the record {path} contradicts the index"))
 
-    def aliases(self, name: str, moves: list[RegistryEvent]) -> None:
+    def signature(self, name: str, version: int, digest: str) -> None:
+        self._blob(digest, None, "The signature", f"{name}@{version}", "signature")
+
+    def changes(self, name: str, events: list[RegistryEvent]) -> None:
         try:
-            lines = self._records.read_aliases(name)
+            journal, old = self._records.changes(name)
         except Corrupted as error:
-            self.problems.append(Problem("alias", name, error.message))
+            self.problems.append(Problem("journal", name, error.message))
             return
-        expected = [
-            (move.sequence, move.alias, move.version if move.kind == "alias_set" else None, move.previous_version)
-            for move in moves
-        ]
-        found = [(line.sequence, line.alias, line.version, line.previous_version) for line in lines]
-        if found[: len(expected)] != expected:
-            self.problems.append(Problem("alias", name, "the log of its aliases contradicts the index"))
+        expected = [_fields(event) for event in events]
+        found = [_fields(change) for change in [*journal, *old]]
+        if any(fields not in found for fields in expected):
+            self.problems.append(Problem("journal", name, "the log of its changes contradicts the index"))
 
     def _blob(self, digest: str, size: int | None, what: str, subject: str, kind: Any) -> bool:
         if digest not in self._checked:
@@ -75,22 +83,30 @@ class _Verification:
         return problem is None
 
 
+def _fields(change: RegistryEvent | Change) -> tuple[Any, ...]:
+    return (change.sequence, change.kind, change.alias, change.previous_version, change.by, dict(change.detail))
+
+
 def verify(blobs: BlobStore, records: Records, index: Index, name: str | None) -> VerifyReport:
     """See `Registry.verify`. Blobs are read without a lock: they never change; pushes go on meanwhile."""
     with index.read() as db:
         db.execute("BEGIN")  # one state of the index throughout
         try:
-            names = queries.names(db) if name is None else [name]
+            names = queries.all_names(db) if name is None else [name]
+            signatures = queries.signatures(db)
+            recorded = queries.recorded(db)
             found = [(each, queries.versions(db, each), queries.events_of(db, each)) for each in names]
         finally:
             db.execute("COMMIT")
     work = _Verification(blobs, records)
     for each, versions, events in found:
+        for version, digest in signatures.get(each, []):
+            work.signature(each, version, digest)
         sequences = {event.version: event.sequence for event in events if event.kind == "pushed"}
         for record in versions:
             work.version(record, sequences.get(record.version, 0))
-        work.aliases(each, [event for event in events if event.alias is not None])
-    known = {records.version_path(each, record.version) for each, versions, _ in found for record in versions}
+        work.changes(each, [event for event in events if event.kind != "pushed"])
+    known = {records.version_path(*place) for place in recorded}
     leftovers = sum(
         1 for path in records.versions() if path not in known and (name is None or records.name_of(path) == name)
     )
@@ -99,20 +115,29 @@ def verify(blobs: BlobStore, records: Records, index: Index, name: str | None) -
 
 def rebuild(blobs: BlobStore, records: Records, db: sqlite3.Connection) -> None:
     """See `Registry.rebuild_index`. Needs the write lock."""
-    for table in ("adapters", "versions", "aliases", "blobs", "events"):
+    for table in TABLES:
         db.execute(f"DELETE FROM {table}")
-    digests: dict[tuple[str, int], str] = {}
     for entry in _in_order(records):
         if isinstance(entry, VersionFile):
             path = blobs.check(entry.digest, None, f"The manifest of {entry.name}@{entry.version}")
-            queries.insert_version(db, entry, _manifest(path, entry), path.stat().st_size)
-            digests[entry.name, entry.version] = entry.digest
-        else:
-            number = entry.version if entry.version is not None else entry.previous_version
-            digest = digests.get((entry.name, number)) if number is not None else None
-            if digest is None:
-                raise Corrupted(f"The alias {entry.name}@{entry.alias} points at version {number}, which is lost.")
-            queries.insert_alias(db, entry, digest)
+            changes.insert_version(db, entry, _manifest(path, entry), path.stat().st_size)
+            continue
+        digest = changes.digest_of(db, entry.name, entry.subject)
+        if entry.subject and not digest:
+            raise Corrupted(f"The {entry.kind} of {entry.name} is about version {entry.subject}, which is lost.")
+        changes.apply(db, entry, digest)
+
+
+def backfill(blobs: BlobStore, db: sqlite3.Connection, done: int) -> None:
+    """Adds what schema `done` did not have and only the manifests know. One that is not readable is left to verify."""
+    if done < 2:
+        for name, version, digest in db.execute("SELECT name, version, digest FROM versions").fetchall():
+            try:
+                manifest = Manifest.from_bytes(blobs.check(digest, None, "The manifest").read_bytes())
+            except (Corrupted, Rejected) as error:
+                _log.warning("The metrics of %s@%s are not known: %s", name, version, error)
+                continue
+            changes.insert_metrics(db, name, version, manifest)
 
 
 def _manifest(path: Path, entry: VersionFile) -> Manifest:
@@ -122,13 +147,13 @@ def _manifest(path: Path, entry: VersionFile) -> Manifest:
         raise Corrupted(f"The manifest of {entry.name}@{entry.version} is not valid: {error.message}") from error
 
 
-def _in_order(records: Records) -> list[VersionFile | AliasLine]:
-    """Everything on disk by sequence. Of two with one sequence the older, and its aliases, were never committed."""
-    by_sequence: dict[int, VersionFile | AliasLine] = {}
+def _in_order(records: Records) -> list[VersionFile | Change]:
+    """Everything on disk by sequence. Of two with one sequence the older, and what is about it, was never committed."""
+    by_sequence: dict[int, VersionFile | Change] = {}
     left_over: set[tuple[str, int]] = set()
-    entries: list[VersionFile | AliasLine] = [records.read_version(path) for path in records.versions()]
-    for path in records.alias_files():
-        entries.extend(records.read_aliases(records.name_of(path)))
+    entries: list[VersionFile | Change] = [records.read_version(path) for path in records.versions()]
+    for path in records.logs():
+        entries.extend(records.read_changes(path))
     for entry in sorted(entries, key=_time):
         older = by_sequence.get(entry.sequence)
         if isinstance(older, VersionFile):
@@ -141,5 +166,5 @@ def _in_order(records: Records) -> list[VersionFile | AliasLine]:
     ]
 
 
-def _time(entry: VersionFile | AliasLine) -> str:
+def _time(entry: VersionFile | Change) -> str:
     return entry.created_at if isinstance(entry, VersionFile) else entry.at

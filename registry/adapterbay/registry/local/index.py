@@ -56,8 +56,12 @@ class Index:
                     connection.execute("ROLLBACK")
                 raise
 
-    def migrate(self, fill: Callable[[sqlite3.Connection], None]) -> None:
+    def migrate(
+        self, fill: Callable[[sqlite3.Connection], None], backfill: Callable[[sqlite3.Connection, int], None]
+    ) -> None:
         """Brings the schema up to date, and fills a new database by `fill` in the same transaction.
+
+        An older one keeps its rows; `backfill` adds what its schema, given by number, did not have.
 
         Raises Unavailable if a newer adapterbay made it.
         """
@@ -73,6 +77,8 @@ class Index:
             connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             if done == 0:
                 fill(connection)
+            elif done < len(MIGRATIONS):
+                backfill(connection, done)
 
     def is_current(self) -> bool:
         """Whether the schema is up to date, without a lock."""

@@ -54,5 +54,70 @@ def m001_versions_aliases_events(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
-MIGRATIONS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (m001_versions_aliases_events,)
+def m002_lifecycle(connection: sqlite3.Connection) -> None:
+    """Who and why; tags, metrics, guards, comparisons, signatures, tombstones, commits; the newest version at hand."""
+    for statement in (
+        "ALTER TABLE adapters ADD COLUMN newest INTEGER",
+        "ALTER TABLE adapters ADD COLUMN live INTEGER NOT NULL DEFAULT 0",
+        """UPDATE adapters SET
+            newest = (SELECT MAX(version) FROM versions v WHERE v.name = adapters.name),
+            live = (SELECT COUNT(*) FROM versions v WHERE v.name = adapters.name)""",
+        "ALTER TABLE versions ADD COLUMN deleted_at TEXT",
+        "ALTER TABLE versions ADD COLUMN deprecated TEXT",
+        "ALTER TABLE versions ADD COLUMN signature TEXT",
+        "ALTER TABLE versions ADD COLUMN parents TEXT NOT NULL DEFAULT '[]'",
+        "ALTER TABLE events ADD COLUMN by TEXT",
+        "ALTER TABLE events ADD COLUMN detail TEXT NOT NULL DEFAULT '{}'",
+        "ALTER TABLE events ADD COLUMN journal INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX journal_by_name ON events (name) WHERE journal = 1",
+        """CREATE TABLE tags (
+            name TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            key TEXT NOT NULL,
+            value TEXT NOT NULL,
+            PRIMARY KEY (name, version, key)
+        ) STRICT, WITHOUT ROWID""",
+        "CREATE INDEX tags_by_key ON tags (key, value)",
+        """CREATE TABLE metrics (
+            name TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            metric TEXT NOT NULL,
+            value REAL NOT NULL,
+            PRIMARY KEY (name, version, metric)
+        ) STRICT, WITHOUT ROWID""",
+        """CREATE TABLE guards (
+            name TEXT NOT NULL,
+            alias TEXT NOT NULL,
+            document TEXT NOT NULL,
+            PRIMARY KEY (name, alias)
+        ) STRICT, WITHOUT ROWID""",
+        """CREATE TABLE comparisons (
+            sequence INTEGER PRIMARY KEY,
+            name TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            document TEXT NOT NULL
+        ) STRICT""",
+        "CREATE INDEX comparisons_by_version ON comparisons (name, version)",
+        """CREATE TABLE commits (
+            name TEXT NOT NULL,
+            number INTEGER NOT NULL,
+            sha TEXT NOT NULL,
+            parent TEXT,
+            version INTEGER,
+            tree TEXT NOT NULL,
+            title TEXT NOT NULL,
+            message TEXT NOT NULL,
+            author TEXT NOT NULL,
+            at TEXT NOT NULL,
+            PRIMARY KEY (name, number)
+        ) STRICT, WITHOUT ROWID""",
+        "CREATE UNIQUE INDEX commits_by_sha ON commits (name, sha)",
+    ):
+        connection.execute(statement)
+
+
+MIGRATIONS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (
+    m001_versions_aliases_events,
+    m002_lifecycle,
+)
 """`PRAGMA user_version` counts how many of them a database has had."""

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from adapterbay.registry.digest import canonical_json
-from adapterbay.registry.local.records import AliasLine, VersionFile
-from adapterbay.registry.manifest import Manifest
-from adapterbay.registry.views import AdapterSummary, RegistryEvent, VersionRecord
+from adapterbay.registry.gate import Comparison, Guard
+from adapterbay.registry.views import AdapterSummary, Listing, RegistryEvent, VersionRecord
 
 _VERSION_COLUMNS: Final = (
     "v.name, v.version, v.digest, v.created_at, v.size_bytes, v.task, v.peft_type, v.rank, v.base_reference, "
-    "v.base_fingerprint, v.labels"
+    "v.base_fingerprint, v.labels, v.deprecated, v.signature IS NOT NULL, "
+    "(SELECT json_group_object(key, value) FROM tags t WHERE t.name = v.name AND t.version = v.version), "
+    "(SELECT json_group_object(metric, value) FROM metrics m WHERE m.name = v.name AND m.version = v.version)"
 )
-_EVENT_COLUMNS: Final = "sequence, kind, name, version, digest, alias, previous_version, at"
+_EVENT_COLUMNS: Final = "sequence, kind, name, version, digest, alias, previous_version, at, by, detail"
 
 
 def version_by_number(db: sqlite3.Connection, name: str, version: int) -> str | None:
-    """The digest of a version."""
-    row = db.execute("SELECT digest FROM versions WHERE name = ? AND version = ?", (name, version)).fetchone()
+    """The digest of a version that is not deleted."""
+    row = db.execute(
+        "SELECT digest FROM versions WHERE name = ? AND version = ? AND deleted_at IS NULL", (name, version)
+    ).fetchone()
     return row[0] if row else None
 
 
@@ -36,27 +38,75 @@ def version_by_alias(db: sqlite3.Connection, name: str, alias: str) -> tuple[int
     return (row[0], row[1]) if row else None
 
 
+def is_recorded(db: sqlite3.Connection, name: str, version: int) -> bool:
+    """Whether a version was ever committed, deleted or not."""
+    return db.execute("SELECT 1 FROM versions WHERE name = ? AND version = ?", (name, version)).fetchone() is not None
+
+
 def newest_version(db: sqlite3.Connection, name: str) -> tuple[int, str] | None:
-    """The newest version and its digest."""
+    """The newest version that is not deleted, and its digest."""
     row = db.execute(
-        "SELECT version, digest FROM versions WHERE name = ? ORDER BY version DESC LIMIT 1", (name,)
+        "SELECT v.version, v.digest FROM adapters a JOIN versions v ON v.name = a.name AND v.version = a.newest "
+        "WHERE a.name = ?",
+        (name,),
     ).fetchone()
     return (row[0], row[1]) if row else None
 
 
 def version_by_digest(db: sqlite3.Connection, name: str, digest: str) -> int | None:
-    """The newest version with this digest."""
-    row = db.execute("SELECT MAX(version) FROM versions WHERE name = ? AND digest = ?", (name, digest)).fetchone()
+    """The newest version with this digest that is not deleted."""
+    row = db.execute(
+        "SELECT MAX(version) FROM versions WHERE name = ? AND digest = ? AND deleted_at IS NULL", (name, digest)
+    ).fetchone()
     return row[0] if row else None
 
 
 def knows_digest(db: sqlite3.Connection, digest: str) -> bool:
-    """Whether any version has this digest."""
-    return db.execute("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", (digest,)).fetchone() is not None
+    """Whether any version that is not deleted has this digest."""
+    return (
+        db.execute("SELECT 1 FROM versions WHERE digest = ? AND deleted_at IS NULL LIMIT 1", (digest,)).fetchone()
+        is not None
+    )
+
+
+def places_of(db: sqlite3.Connection, digest: str) -> list[tuple[str, int, bool]]:
+    """Name, version and whether it is deleted, of every version with this digest."""
+    rows = db.execute("SELECT name, version, deleted_at FROM versions WHERE digest = ? ORDER BY 1, 2", (digest,))
+    return [(row[0], row[1], row[2] is not None) for row in rows]
+
+
+def signatures(db: sqlite3.Connection) -> dict[str, list[tuple[int, str]]]:
+    """Version and digest of every signature in use, by name."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name, version, digest in db.execute(
+        "SELECT name, version, signature FROM versions WHERE signature IS NOT NULL AND deleted_at IS NULL"
+    ):
+        found.setdefault(name, []).append((version, digest))
+    return found
+
+
+def recorded(db: sqlite3.Connection) -> list[tuple[str, int]]:
+    """Name and number of every version that was ever committed."""
+    return [(row[0], row[1]) for row in db.execute("SELECT name, version FROM versions")]
+
+
+def children_of(db: sqlite3.Connection, digest: str) -> list[tuple[str, int, str]]:
+    """Name, version and digest of the versions that have `digest` as a parent."""
+    rows = db.execute(
+        "SELECT v.name, v.version, v.digest FROM versions v, json_each(v.parents) p "
+        "WHERE v.parents != '[]' AND p.value = ? AND v.deleted_at IS NULL ORDER BY 1, 2",
+        (digest,),
+    )
+    return [(row[0], row[1], row[2]) for row in rows]
 
 
 def names(db: sqlite3.Connection) -> list[str]:
-    """All adapter names, sorted."""
+    """The names of all adapters that have a version, sorted."""
+    return [row[0] for row in db.execute("SELECT name FROM adapters WHERE newest IS NOT NULL ORDER BY name")]
+
+
+def all_names(db: sqlite3.Connection) -> list[str]:
+    """The names of all adapters there ever were, sorted."""
     return [row[0] for row in db.execute("SELECT name FROM adapters ORDER BY name")]
 
 
@@ -66,37 +116,72 @@ def aliases(db: sqlite3.Connection, name: str) -> dict[str, int]:
 
 
 def versions(db: sqlite3.Connection, name: str) -> list[VersionRecord]:
-    """All versions of an adapter, the oldest first."""
+    """All versions of an adapter that are not deleted, the oldest first."""
     pointing = aliases(db, name)
-    rows = db.execute(f"SELECT {_VERSION_COLUMNS} FROM versions v WHERE v.name = ? ORDER BY v.version", (name,))
+    rows = db.execute(
+        f"SELECT {_VERSION_COLUMNS} FROM versions v WHERE v.name = ? AND v.deleted_at IS NULL ORDER BY v.version",
+        (name,),
+    )
     return [_record(row, pointing) for row in rows]
 
 
 def version(db: sqlite3.Connection, name: str, number: int) -> VersionRecord | None:
-    """One version."""
+    """One version that is not deleted."""
     row = db.execute(
-        f"SELECT {_VERSION_COLUMNS} FROM versions v WHERE v.name = ? AND v.version = ?", (name, number)
+        f"SELECT {_VERSION_COLUMNS} FROM versions v WHERE v.name = ? AND v.version = ? AND v.deleted_at IS NULL",
+        (name, number),
     ).fetchone()
     return _record(row, aliases(db, name)) if row else None
 
 
-def summaries(db: sqlite3.Connection, prefix: str) -> list[AdapterSummary]:
-    """All adapters whose name begins with `prefix`, by name: two statements, however many there are."""
+def summaries(db: sqlite3.Connection, listing: Listing) -> list[AdapterSummary]:
+    """The adapters whose newest version is as `listing` asks, by name: two statements, however many there are."""
     # A range on the primary key; U+10FFFF sorts after every character of a name.
-    bounds = (prefix, f"{prefix}\U0010ffff")
-    pointing: dict[str, dict[str, int]] = {}
-    for name, alias, number in db.execute(
-        "SELECT name, alias, version FROM aliases WHERE name >= ? AND name < ? ORDER BY name, alias", bounds
-    ):
-        pointing.setdefault(name, {})[alias] = number
+    conditions = ["a.newest IS NOT NULL", "a.name >= ?", "a.name < ?", "a.name > ?"]
+    values: list[Any] = [listing.prefix, f"{listing.prefix}\U0010ffff", listing.after]
+    for condition, asked in _conditions(listing):
+        conditions.append(condition)
+        values += asked
+    limit = -1 if listing.limit is None else listing.limit
     rows = db.execute(
-        f"SELECT {_VERSION_COLUMNS}, newest.count FROM "
-        "(SELECT name, MAX(version) AS version, COUNT(*) AS count FROM versions "
-        " WHERE name >= ? AND name < ? GROUP BY name) AS newest "
-        "JOIN versions v ON v.name = newest.name AND v.version = newest.version ORDER BY v.name",
-        bounds,
-    )
+        f"SELECT {_VERSION_COLUMNS}, a.live FROM adapters a "
+        "JOIN versions v ON v.name = a.name AND v.version = a.newest "
+        f"WHERE {' AND '.join(conditions)} ORDER BY a.name LIMIT ?",
+        (*values, limit),
+    ).fetchall()
+    pointing: dict[str, dict[str, int]] = {}
+    if rows:
+        for name, alias, number in db.execute(
+            "SELECT name, alias, version FROM aliases WHERE name >= ? AND name <= ? ORDER BY name, alias",
+            (rows[0][0], rows[-1][0]),
+        ):
+            pointing.setdefault(name, {})[alias] = number
     return [_summary(row, pointing.get(row[0], {})) for row in rows]
+
+
+def _conditions(listing: Listing) -> Iterator[tuple[str, list[Any]]]:
+    if listing.base is not None:
+        spellings = [listing.base, *(f"{scheme}:{listing.base}" for scheme in ("hub", "package", "folder", "gguf"))]
+        marks = ", ".join("?" * len(spellings))
+        # instr, not LIKE: what is asked may hold % and _.
+        pinned = " OR ".join(["instr(v.base_reference, ? || '@') = 1"] * len(spellings))
+        yield (
+            f"(v.base_fingerprint = ? OR v.base_reference IN ({marks}) OR {pinned})",
+            [listing.base, *spellings, *spellings],
+        )
+    if listing.task is not None:
+        yield "v.task = ?", [listing.task]
+    if listing.method is not None:
+        yield "v.peft_type = ?", [listing.method.upper()]
+    for key, value in listing.tags.items():
+        found = "SELECT 1 FROM tags t WHERE t.name = v.name AND t.version = v.version AND t.key = ?"
+        yield ((f"EXISTS ({found})", [key]) if value is None else (f"EXISTS ({found} AND t.value = ?)", [key, value]))
+    for bound in listing.metrics:
+        yield (
+            "EXISTS (SELECT 1 FROM metrics m WHERE m.name = v.name AND m.version = v.version AND m.metric = ? "
+            f"AND m.value {bound.relation} ?)",
+            [bound.metric, bound.value],
+        )
 
 
 def last_sequence(db: sqlite3.Connection) -> int:
@@ -118,9 +203,40 @@ def events_of(db: sqlite3.Connection, name: str) -> list[RegistryEvent]:
     return [_event(row) for row in rows]
 
 
-def alias_moves(db: sqlite3.Connection, name: str) -> int:
-    """How many moves of aliases of an adapter were committed: so many lines of its log count."""
-    return int(db.execute("SELECT COUNT(*) FROM events WHERE name = ? AND alias IS NOT NULL", (name,)).fetchone()[0])
+def journal_lines(db: sqlite3.Connection, name: str) -> int:
+    """How many lines of the journal of an adapter were committed: so many of them count."""
+    return int(db.execute("SELECT COUNT(*) FROM events WHERE name = ? AND journal = 1", (name,)).fetchone()[0])
+
+
+def deletion(db: sqlite3.Connection, name: str, version: int) -> RegistryEvent | None:
+    """When, by whom and why a version was deleted; None if it was not."""
+    row = db.execute(
+        f"SELECT {_EVENT_COLUMNS} FROM events WHERE name = ? AND version = ? AND kind = 'deleted'", (name, version)
+    ).fetchone()
+    return _event(row) if row else None
+
+
+def guards(db: sqlite3.Connection, name: str) -> dict[str, Guard]:
+    """The guarded aliases of an adapter."""
+    rows = db.execute("SELECT alias, document FROM guards WHERE name = ? ORDER BY alias", (name,))
+    return {alias: Guard.from_document(json.loads(document)) for alias, document in rows}
+
+
+def comparisons(db: sqlite3.Connection, name: str, version: int) -> list[Comparison]:
+    """The recorded comparisons of a version, the newest last."""
+    rows = db.execute(
+        "SELECT document FROM comparisons WHERE name = ? AND version = ? ORDER BY sequence", (name, version)
+    )
+    return [Comparison.from_document(json.loads(row[0])) for row in rows]
+
+
+def signature(db: sqlite3.Connection, digest: str) -> str | None:
+    """The digest of the signature of the version with this digest."""
+    row = db.execute(
+        "SELECT signature FROM versions WHERE digest = ? AND signature IS NOT NULL AND deleted_at IS NULL LIMIT 1",
+        (digest,),
+    ).fetchone()
+    return row[0] if row else None
 
 
 def next_version(db: sqlite3.Connection, name: str) -> int:
@@ -129,57 +245,14 @@ def next_version(db: sqlite3.Connection, name: str) -> int:
     return int(row[0]) if row else 1
 
 
+def is_blob(db: sqlite3.Connection, digest: str) -> bool:
+    """Whether anything committed refers to the blob."""
+    return db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchone() is not None
+
+
 def unreferenced(db: sqlite3.Connection, digests: Iterable[str]) -> list[str]:
     """Those of `digests` that no committed version needs."""
-    return [
-        digest for digest in digests if db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchone() is None
-    ]
-
-
-def insert_version(db: sqlite3.Connection, record: VersionFile, manifest: Manifest, manifest_size: int) -> None:
-    """A pushed version with its event and its blobs."""
-    db.execute(
-        "INSERT INTO adapters (name, next_version) VALUES (?, ?) "
-        "ON CONFLICT (name) DO UPDATE SET next_version = MAX(next_version, excluded.next_version)",
-        (record.name, record.version + 1),
-    )
-    db.execute(
-        "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            record.name,
-            record.version,
-            record.digest,
-            record.created_at,
-            manifest.size_bytes,
-            manifest.task,
-            manifest.peft_type,
-            manifest.rank,
-            manifest.base_reference,
-            manifest.base_fingerprint,
-            canonical_json(manifest.labels).decode(),
-        ),
-    )
-    blobs = [(entry.digest, entry.size) for entry in manifest.files]
-    db.executemany("INSERT OR IGNORE INTO blobs VALUES (?, ?)", [*blobs, (record.digest, manifest_size)])
-    _insert_event(
-        db,
-        (record.sequence, "pushed", record.name, record.version, record.digest, None, None, record.created_at),
-    )
-
-
-def insert_alias(db: sqlite3.Connection, line: AliasLine, digest: str) -> None:
-    """A move of an alias with its event; `digest` is that of the version it points at, or pointed at."""
-    if line.version is None:
-        db.execute("DELETE FROM aliases WHERE name = ? AND alias = ?", (line.name, line.alias))
-    else:
-        db.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?)", (line.name, line.alias, line.version))
-    kind = "alias_removed" if line.version is None else "alias_set"
-    number = line.version if line.version is not None else line.previous_version
-    _insert_event(db, (line.sequence, kind, line.name, number, digest, line.alias, line.previous_version, line.at))
-
-
-def _insert_event(db: sqlite3.Connection, row: Sequence[Any]) -> None:
-    db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+    return [digest for digest in digests if not is_blob(db, digest)]
 
 
 def _event(row: Sequence[Any]) -> RegistryEvent:
@@ -192,6 +265,8 @@ def _event(row: Sequence[Any]) -> RegistryEvent:
         alias=row[5],
         previous_version=row[6],
         at=datetime.fromisoformat(row[7]),
+        by=row[8],
+        detail=json.loads(row[9]),
     )
 
 
@@ -209,6 +284,10 @@ def _fields(row: Sequence[Any], pointing: dict[str, int]) -> dict[str, Any]:
         "base_reference": row[8],
         "base_fingerprint": row[9],
         "labels": tuple(json.loads(row[10])),
+        "deprecated": row[11],
+        "signed": bool(row[12]),
+        "tags": json.loads(row[13]),
+        "metrics": json.loads(row[14]),
     }
 
 
@@ -217,4 +296,4 @@ def _record(row: Sequence[Any], pointing: dict[str, int]) -> VersionRecord:
 
 
 def _summary(row: Sequence[Any], pointing: dict[str, int]) -> AdapterSummary:
-    return AdapterSummary(**_fields(row, pointing), versions=row[11], alias_versions=pointing)
+    return AdapterSummary(**_fields(row, pointing), versions=row[15], alias_versions=pointing)

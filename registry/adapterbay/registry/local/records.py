@@ -1,50 +1,75 @@
 """What is on disk besides blobs: enough to build the index again.
 
     adapters/<name>/@<version>.json     one record per version, never changed
-    adapters/<name>/@aliases.jsonl      every move of an alias, one line each, only appended to
+    adapters/<name>/@journal.jsonl      every other change, one line each, only appended to
+    adapters/<name>/@aliases.jsonl      what adapterbay 0.1 wrote instead: moves of aliases; read, never written
 
 '@' cannot be in a name, so a record never collides with an adapter below it. A record or line that the index does not
-know was left by a push that was killed before its commit: it is no part of the registry, and the next writer of that
-name removes it.
+know was left by a writer that was killed before its commit: it is no part of the registry, and the next writer of that
+name removes it. What `detail` holds, by kind of change:
+
+    alias_set       {"forced": why, "overruled": [demands]} if it was forced, {"rollback": true} if it was rolled back
+    tagged          {"set": {key: value}, "removed": [key]}
+    deprecated      {"reason": text, or null to take it back}
+    deleted         {"reason": text}
+    guard_set       {"minimum": {metric: least}, "maximum": {metric: most}, "requires": [evidence]}
+    compared        a `Comparison` (adapterbay.registry.gate)
+    signed          {"signature": digest of the bundle, "size": bytes, "key": fingerprint of the public key}
+    committed       {"sha", "parent", "title", "message", "tree": {path: [digest, size]}}
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from adapterbay.registry import durable
 from adapterbay.registry.digest import canonical_json, parse_json_object
 from adapterbay.registry.errors import Corrupted, Rejected
+from adapterbay.registry.views import EventKind
 
-RECORD_VERSION: Final = 1
+RECORD_VERSION: Final = 2
+JOURNAL_FILE: Final = "@journal.jsonl"
 ALIASES_FILE: Final = "@aliases.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class VersionFile:
-    """A version record. `sequence` is that of its push event; `created_at` is RFC 3339 in UTC."""
+    """A version record. `sequence` is that of its push event; `created_at` is RFC 3339 in UTC; `by` is who pushed."""
 
     name: str
     version: int
     digest: str
     created_at: str
     sequence: int
+    by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class AliasLine:
-    """One move of an alias: to `version`, or away from `previous_version` if `version` is None."""
+class Change:
+    """A change that is not a push. `version` is what it is about, or where an alias points now; `at` is RFC 3339.
 
+    `previous_version` is where an alias pointed before. `journal` is False for what adapterbay 0.1 wrote.
+    """
+
+    kind: EventKind
     name: str
-    alias: str
-    version: int | None
-    previous_version: int | None
     at: str
-    sequence: int
+    by: str | None
+    version: int | None = None
+    alias: str | None = None
+    previous_version: int | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    sequence: int = 0
+    journal: bool = True
+
+    @property
+    def subject(self) -> int:
+        """The version that the change is filed under; 0 if it is of the adapter as a whole."""
+        return self.version or self.previous_version or 0
 
 
 def now() -> str:
@@ -83,7 +108,7 @@ class Records:
         """Reads a record. Raises Corrupted."""
         try:
             document = parse_json_object(path.read_bytes(), str(path))
-            if document.pop("record_version", None) != RECORD_VERSION:
+            if document.pop("record_version", None) not in (1, RECORD_VERSION):
                 raise TypeError("another record_version")
             record = VersionFile(**document)
         except (OSError, Rejected, TypeError) as error:
@@ -96,20 +121,21 @@ class Records:
         """The paths of all version records, in no order."""
         return (path for path in self.folder.rglob("@*.json") if path.is_file())
 
-    def alias_files(self) -> Iterator[Path]:
-        """The paths of all alias logs, in no order."""
-        return self.folder.rglob(ALIASES_FILE)
+    def logs(self) -> Iterator[Path]:
+        """The paths of all logs of changes, of both forms, in no order."""
+        for name in (JOURNAL_FILE, ALIASES_FILE):
+            yield from self.folder.rglob(name)
 
-    def append_alias(self, line: AliasLine, committed: int) -> None:
-        """Appends a move to the log of its name, after its first `committed` lines; later ones were never committed."""
-        path = self.folder / line.name / ALIASES_FILE
+    def append(self, change: Change, committed: int) -> None:
+        """Appends to the journal of a name, after its first `committed` lines; later ones were never committed."""
+        path = self.folder / change.name / JOURNAL_FILE
         durable.make_folders(path.parent, self.folder)
-        self.keep_aliases(line.name, committed)
-        durable.append(path, canonical_json(_alias_document(line)) + b"\n")
+        self.keep(change.name, committed)
+        durable.append(path, canonical_json(_document(change)) + b"\n")
 
-    def keep_aliases(self, name: str, committed: int) -> None:
-        """Cuts the log of `name` after its first `committed` lines."""
-        path = self.folder / name / ALIASES_FILE
+    def keep(self, name: str, committed: int) -> None:
+        """Cuts the journal of `name` after its first `committed` lines."""
+        path = self.folder / name / JOURNAL_FILE
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -124,28 +150,46 @@ class Records:
                 file.truncate(end)
             durable.sync_file(path)
 
-    def read_aliases(self, name: str) -> list[AliasLine]:
-        """All whole lines of the log of `name`. A last line without an end was never committed. Raises Corrupted."""
-        path = self.folder / name / ALIASES_FILE
+    def read_changes(self, path: Path) -> list[Change]:
+        """All whole lines of a log. A last line without an end was never committed. Raises Corrupted."""
         try:
             data = path.read_bytes()
         except FileNotFoundError:
             return []
-        return [_parse_alias(line, name, path) for line in data.split(b"\n")[:-1]]
+        parse = _parse_change if path.name == JOURNAL_FILE else _parse_alias
+        return [parse(line, self.name_of(path), path) for line in data.split(b"\n")[:-1]]
+
+    def changes(self, name: str) -> tuple[list[Change], list[Change]]:
+        """The journal of a name, and what adapterbay 0.1 wrote of it. Raises Corrupted."""
+        folder = self.folder / name
+        return self.read_changes(folder / JOURNAL_FILE), self.read_changes(folder / ALIASES_FILE)
 
     def name_of(self, path: Path) -> str:
         """The adapter that a file under `adapters/` belongs to."""
         return path.parent.relative_to(self.folder).as_posix()
 
 
-def _alias_document(line: AliasLine) -> dict[str, Any]:
-    document = asdict(line)
+def _document(change: Change) -> dict[str, Any]:
+    document = asdict(change)
     del document["name"]  # the folder says it
-    return document
+    del document["journal"]
+    return {key: value for key, value in document.items() if value not in (None, {})}
 
 
-def _parse_alias(line: bytes, name: str, path: Path) -> AliasLine:
+def _parse_change(line: bytes, name: str, path: Path) -> Change:
     try:
-        return AliasLine(name=name, **parse_json_object(line, str(path)))
+        document = parse_json_object(line, str(path))
+        if document.get("kind") not in get_args(EventKind):
+            raise TypeError(f"the kind {document.get('kind')!r} is not known: update adapterbay")
+        return Change(name=name, by=document.pop("by", None), **document)
     except (Rejected, TypeError) as error:
+        raise Corrupted(f"The journal {path} has a line that is not readable: {error}") from error
+
+
+def _parse_alias(line: bytes, name: str, path: Path) -> Change:
+    try:
+        document = parse_json_object(line, str(path))
+        kind: EventKind = "alias_removed" if document["version"] is None else "alias_set"
+        return Change(kind=kind, name=name, by=None, journal=False, **document)
+    except (Rejected, TypeError, KeyError) as error:
         raise Corrupted(f"The alias log {path} has a line that is not readable: {error}") from error

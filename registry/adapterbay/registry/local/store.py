@@ -2,7 +2,7 @@
 
     registry = Registry.open("path/to/registry")
     receipt = registry.push("out/sentiment", "team/sentiment", aliases=["champion"])
-    snapshot = registry.open_snapshot(registry.resolve("team/sentiment@champion").digest)
+    snapshot = registry.snapshot("team/sentiment@champion")
 
 Layout: `registry.json` (what this folder is), `blobs/` (contents), `adapters/` (records), `index.sqlite` (built from
 the two), `tmp/`. One object may be used by many threads, one folder by many processes; every read sees the newest
@@ -11,66 +11,69 @@ committed state.
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Sequence
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from adapterbay.registry import durable
+from adapterbay.registry.actor import actor, plain
 from adapterbay.registry.admission import Limits
 from adapterbay.registry.admission.candidate import Wishes, as_labels, examine
-from adapterbay.registry.admission.folder import read_folder
-from adapterbay.registry.base import BaseReference
-from adapterbay.registry.digest import canonical_json, is_digest, parse_json_object
-from adapterbay.registry.errors import InvalidReference, NotFound, RegistryNotFound, Rejected, Unavailable
-from adapterbay.registry.local import queries
-from adapterbay.registry.local.blobs import BlobStore
-from adapterbay.registry.local.checks import rebuild, verify
-from adapterbay.registry.local.commit import Writer, unknown_name, unknown_version
-from adapterbay.registry.local.export import write_folder
+from adapterbay.registry.admission.folder import PeftFolder, from_files, read_folder
+from adapterbay.registry.base import BaseFiles, BaseReference, locate
+from adapterbay.registry.digest import canonical_json, parse_json_object
+from adapterbay.registry.errors import RegistryNotFound, Rejected, Unavailable
+from adapterbay.registry.local.blobs import BlobStore, Staged
+from adapterbay.registry.local.checks import backfill, rebuild, verify
+from adapterbay.registry.local.collection import DEFAULT_GRACE_SECONDS, collect
+from adapterbay.registry.local.commit import Also, Force, Writer
 from adapterbay.registry.local.index import Index
-from adapterbay.registry.local.records import Records
+from adapterbay.registry.local.lifecycle import Lifecycle
+from adapterbay.registry.local.records import Change, Records
 from adapterbay.registry.manifest import Manifest
-from adapterbay.registry.nearest import nearest_words
 from adapterbay.registry.paths import default_registry
-from adapterbay.registry.reference import HubReference, Reference, check_alias, check_name, parse_reference
-from adapterbay.registry.views import (
-    ANY,
-    AdapterSummary,
-    AliasMove,
-    AnyVersion,
-    PushReceipt,
-    RegistryEvent,
-    Resolved,
-    Snapshot,
-    VerifyReport,
-    VersionRecord,
-)
+from adapterbay.registry.portable import Claim, read_claim
+from adapterbay.registry.reference import check_alias, check_name
+from adapterbay.registry.views import CollectionReport, PushReceipt, VerifyReport
 
 MARKER_FILE: Final = "registry.json"
 INDEX_FILE: Final = "index.sqlite"
 LAYOUT: Final = 1
 
+FindBase = Callable[[str | BaseReference], BaseFiles]
+Extra = Callable[[Manifest], Sequence[bytes | Path]]
 
-class Registry:
+_log = logging.getLogger(__name__)
+
+
+class Registry(Lifecycle):
     """An open local registry. Make one with `Registry.open`."""
 
-    def __init__(self, root: Path, limits: Limits | None = None) -> None:
+    def __init__(self, root: Path, limits: Limits | None = None, by: str | None = None) -> None:
+        blobs, records, index = BlobStore(root), Records(root), Index(root / INDEX_FILE)
+        super().__init__(blobs, index, Writer(root, blobs, records, index), plain(by) if by else actor())
         self.root = root
-        self._limits = limits or Limits()
-        self._blobs = BlobStore(root)
-        self._records = Records(root)
-        self._index = Index(root / INDEX_FILE)
-        self._writer = Writer(root, self._blobs, self._records, self._index)
+        self.limits = limits or Limits()
+        self.records = records
 
     @classmethod
-    def open(cls, location: str | Path | None = None, *, create: bool = True, limits: Limits | None = None) -> Registry:
+    def open(
+        cls,
+        location: str | Path | None = None,
+        *,
+        create: bool = True,
+        limits: Limits | None = None,
+        by: str | None = None,
+    ) -> Registry:
         """Opens the registry at `location` (None: `default_registry()`), making it if it is not there.
 
-        Raises RegistryNotFound if it is not there and `create` is False, Unavailable if the folder is something else.
+        `by` is who the changes are recorded for (None: `adapterbay.registry.actor`). Raises RegistryNotFound if it is
+        not there and `create` is False, Unavailable if the folder is something else.
         """
         root = (default_registry() if location is None else Path(location).expanduser()).absolute()
-        registry = cls(root, limits)
+        registry = cls(root, limits, by)
         with durable.storage_errors(root):
             registry._prepare(create)
         return registry
@@ -84,9 +87,9 @@ class Registry:
                 )
             if self.root.exists() and (not self.root.is_dir() or not self._is_new()):
                 raise Unavailable(f"{self.root} is not a registry and not empty: choose another place.")
-            self._blobs.create()
-            self._records.create()
-            with self._blobs.staging() as staging:
+            self.blobs.create()
+            self.records.create()
+            with self.blobs.staging() as staging:
                 durable.write_atomic(marker, canonical_json({"layout": LAYOUT}) + b"\n", staging.temporary())
         try:
             layout = parse_json_object(marker.read_bytes(), str(marker)).get("layout")
@@ -94,19 +97,25 @@ class Registry:
             raise Unavailable(f"{self.root} is not a readable registry: {error.message}") from error
         if layout != LAYOUT:
             raise Unavailable(f"The registry at {self.root} has the layout {layout}: update adapterbay.")
-        if not self._index.path.is_file() or not self._index.is_current():
-            self._index.migrate(lambda db: rebuild(self._blobs, self._records, db))
+        if not self.index.path.is_file() or not self.index.is_current():
+            self.index.migrate(
+                lambda db: rebuild(self.blobs, self.records, db), lambda db, done: backfill(self.blobs, db, done)
+            )
 
     def _is_new(self) -> bool:
         # Another process may be making it at this moment, or was killed while it did.
         there = {path.name for path in self.root.iterdir()}
         return MARKER_FILE in there or there <= {"blobs", "adapters", "tmp"}
 
+    def acting_as(self, by: str) -> Registry:
+        """The same registry, for changes that are recorded for `by`."""
+        other = copy.copy(self)
+        other.by = plain(by)
+        return other
+
     def close(self) -> None:
         """Gives the connections back. The object can still be used."""
-        self._index.close()
-
-    # Writing
+        self.index.close()
 
     def push(
         self,
@@ -117,25 +126,95 @@ class Registry:
         base: str | BaseReference | None = None,
         task: str | None = None,
         labels: Sequence[str] | None = None,
+        parents: Sequence[str] = (),
+        force: Force | None = None,
+        number: int | None = None,
     ) -> PushReceipt:
         """Stores a plain PEFT folder as the next version of `name` and moves `aliases` to it: all of it or nothing.
 
-        What `base`, `task` and `labels` leave open is found in the folder. The same content again is a new version that
-        stores no new bytes. Raises Rejected (reasons in `adapterbay.registry.admission`), UnsupportedMethod, NoEffect,
-        BaseMismatch, TaskMismatch, NotFound, InvalidArgument or StorageFull.
+        What `base`, `task` and `labels` leave open is found in the folder; a folder that `pull` wrote is the same
+        version again, with its digest and its signature. `parents` are the digests of what it was made from. `force`
+        overrules the guards of `aliases`. `number` asks for a version number at or above the next one, as copying a
+        registry does. The same content again is a new version that stores no new bytes.
+
+        Raises Rejected (reasons in `adapterbay.registry.admission`), UnsupportedMethod, NoEffect, BaseMismatch,
+        TaskMismatch, NotFound, InvalidArgument, PromotionRefused, Conflict (VERSION_TAKEN) or StorageFull.
         """
+        source = read_folder(folder)
+        claim = read_claim({**source.beside, **source.files})
+        return self._push(
+            name,
+            source,
+            claim,
+            Wishes(base, task, as_labels(labels), claim.manifest if claim else None, tuple(parents)),
+            aliases=aliases,
+            force=force,
+            number=number,
+        )
+
+    def push_files(
+        self,
+        files: Mapping[str, Path],
+        name: str,
+        *,
+        find_base: FindBase = locate,
+        extra: Extra | None = None,
+        also: Callable[[Manifest, Sequence[Staged]], Also] | None = None,
+    ) -> PushReceipt:
+        """Like `push`, for files by relative path instead of a folder, and with more changes in the same transaction.
+
+        `extra` gives further blobs to store, once the manifest is known; `also` gets the manifest and all staged blobs
+        (the manifest first, then the files, then `extra`) and gives what is called under the write lock; see `Also`.
+        """
+        source = from_files(files)
+        claim = read_claim(files)
+        wishes = Wishes(claimed=claim.manifest if claim else None)
+        return self._push(name, source, claim, wishes, find_base=find_base, extra=extra, also=also)
+
+    def _push(
+        self,
+        name: str,
+        source: PeftFolder,
+        claim: Claim | None,
+        wishes: Wishes,
+        *,
+        aliases: Sequence[str] = (),
+        force: Force | None = None,
+        number: int | None = None,
+        find_base: FindBase = locate,
+        extra: Extra | None = None,
+        also: Callable[[Manifest, Sequence[Staged]], Also] | None = None,
+    ) -> PushReceipt:
         check_name(name)
         wanted = tuple(dict.fromkeys(check_alias(alias) for alias in aliases))
-        source = read_folder(folder)
+        files = dict(claim.files) if claim else source.files
         with durable.storage_errors(self.root):
-            self._blobs.sweep_staging()
-            with self._blobs.staging() as staging:
-                self._check_size(source.files)
-                staged = {path: staging.add_file(real) for path, real in source.files.items()}
-                candidate = examine(source, staged, Wishes(base, task, as_labels(labels)), self._limits)
+            self.blobs.sweep_staging()
+            with self.blobs.staging() as staging:
+                self._check_size(files)
+                staged = {path: staging.add_file(real) for path, real in files.items()}
+                candidate = examine(source, staged, wishes, self.limits, find_base=find_base)
                 manifest = candidate.manifest
-                files = [staging.add_bytes(manifest.to_bytes()), *staged.values()]
-                done = self._writer.push(staging, files, name, manifest, wanted)
+                blobs = [staging.add_bytes(manifest.to_bytes()), *staged.values()]
+                blobs += [
+                    staging.add_file(each) if isinstance(each, Path) else staging.add_bytes(each)
+                    for each in (extra(manifest) if extra else ())
+                ]
+                more = [also(manifest, tuple(blobs))] if also else []
+                if claim is not None and claim.signature is not None:
+                    blobs.append(staging.add_bytes(claim.signature))
+                    more.append(self._signing(name, blobs[-1]))
+                done = self.writer.push(
+                    staging,
+                    blobs,
+                    name,
+                    manifest,
+                    by=self.by,
+                    aliases=wanted,
+                    force=force,
+                    number=number,
+                    also=lambda db, version, at: (change for part in more for change in part(db, version, at)),
+                )
         return PushReceipt(
             name,
             done.version,
@@ -147,138 +226,33 @@ class Registry:
             list(candidate.findings),
         )
 
-    def _check_size(self, files: dict[str, Path]) -> None:
+    def _signing(self, name: str, bundle: Staged) -> Also:
+        detail = {"signature": bundle.digest, "size": bundle.size}
+        return lambda _, version, at: [Change("signed", name, at, self.by, version, detail=detail)]
+
+    def _check_size(self, files: Mapping[str, Path]) -> None:
         for path, real in files.items():
-            limit = self._limits.weights_bytes if path.endswith(".safetensors") else self._limits.document_bytes
+            limit = self.limits.weights_bytes if path.endswith(".safetensors") else self.limits.document_bytes
             size = real.stat().st_size
             if size > limit:
                 raise Rejected(f"{path} has {size} bytes, over the limit of {limit}.", reason="TOO_LARGE")
 
-    def set_alias(self, name: str, alias: str, version: int, *, expected: int | AnyVersion | None = ANY) -> AliasMove:
-        """Points an alias at a version, if it points at `expected` now (None: if it is not set; ANY: in any case).
-
-        Raises StaleAlias with both versions, NotFound for an unknown adapter or version, InvalidReference.
-        """
-        check_alias(check_name(name) and alias)
-        return self._writer.set_alias(name, alias, version, expected)
-
-    def remove_alias(self, name: str, alias: str, *, expected: int | AnyVersion | None = ANY) -> AliasMove:
-        """Removes an alias, if it points at `expected` now. Raises StaleAlias or NotFound."""
-        check_alias(check_name(name) and alias)
-        return self._writer.remove_alias(name, alias, expected)
-
-    # Reading
-
-    def resolve(self, reference: str | Reference) -> Resolved:
-        """What a reference means now. Raises NotFound with near names, or InvalidReference."""
-        parsed = parse_reference(reference) if isinstance(reference, str) else reference
-        if isinstance(parsed, HubReference):
-            raise InvalidReference(
-                f"{parsed} is on the Hub: download it with `hf download` and push it to the registry first.",
-                field="adapter",
-            )
-        with self._index.read() as db:
-            found = _find(db, parsed)
-            if found is None:
-                raise _unknown(db, parsed)
-        return Resolved(str(parsed), parsed.name, *found)
-
-    def manifest(self, digest: str) -> Manifest:
-        """The manifest with this digest, read and checked. Raises NotFound or Corrupted."""
-        if not is_digest(digest):
-            raise InvalidReference(f"{digest[:80]!r} is not a digest: sha256: and 64 hex digits.", field="digest")
-        with self._index.read() as db:
-            if not queries.knows_digest(db, digest):
-                raise NotFound(f"No version in the registry has the digest {digest}.")
-        return Manifest.from_bytes(self._blobs.check(digest, None, "The manifest").read_bytes())
-
-    def open_snapshot(self, digest: str) -> Snapshot:
-        """The files of a version, each read and checked now. Raises NotFound, or Corrupted naming file and digest."""
-        manifest = self.manifest(digest)
-        return Snapshot(
-            manifest, {entry.path: self._blobs.check(entry.digest, entry.size, entry.path) for entry in manifest.files}
-        )
-
-    def pull(self, reference: str | Reference, destination: str | Path) -> Path:
-        """Writes a version as a plain PEFT folder at `destination`, whole or not at all. Returns its path.
-
-        Raises NotFound, Corrupted, InvalidArgument if there is something at `destination`, or StorageFull.
-        """
-        return write_folder(self.open_snapshot(self.resolve(reference).digest), Path(destination).expanduser())
-
-    def version(self, name: str, version: int) -> VersionRecord:
-        """One version. Raises NotFound."""
-        with self._index.read() as db:
-            found = queries.version(db, name, version)
-            if found is None:
-                raise _unknown(db, Reference(name, version))
-        return found
-
-    def versions(self, name: str) -> list[VersionRecord]:
-        """All versions of an adapter, the oldest first. Raises NotFound."""
-        with self._index.read() as db:
-            found = queries.versions(db, name)
-            if not found:
-                raise unknown_name(db, check_name(name))
-        return found
-
-    def adapters(self, prefix: str = "") -> list[AdapterSummary]:
-        """All adapters whose name begins with `prefix`, by name."""
-        with self._index.read() as db:
-            return queries.summaries(db, prefix)
-
-    def aliases(self, name: str) -> dict[str, int]:
-        """The aliases of an adapter and the versions they point at. Raises NotFound for an unknown adapter."""
-        with self._index.read() as db:
-            if queries.newest_version(db, name) is None:
-                raise unknown_name(db, check_name(name))
-            return queries.aliases(db, name)
-
-    def events(self, after: int = 0, limit: int = 1000) -> list[RegistryEvent]:
-        """What was committed after the event `after`, the oldest first, at most `limit` events."""
-        with self._index.read() as db:
-            return queries.events(db, after, limit)
-
-    def last_event(self) -> int:
-        """The sequence of the newest event; 0 in an empty registry. Cheap enough to poll."""
-        with self._index.read() as db:
-            return queries.last_sequence(db)
-
-    # Keeping
-
     def verify(self, name: str | None = None) -> VerifyReport:
         """Reads every blob and compares records with the index, of one adapter or all. Raises NotFound."""
         if name is not None:
-            self.versions(name)
-        return verify(self._blobs, self._records, self._index, name)
+            self.history(name)
+        return verify(self.blobs, self.records, self.index, name)
+
+    def gc(self, *, grace_seconds: float = DEFAULT_GRACE_SECONDS, dry_run: bool = False) -> CollectionReport:
+        """Removes the blobs that no version needs and that are older than the grace period.
+
+        Files of deleted versions go; manifests stay, so that parents are known. Fresh orphans may belong to an upload
+        that is under way.
+        """
+        with durable.storage_errors(self.root):
+            return collect(self.blobs, self.index, grace_seconds, dry_run=dry_run)
 
     def rebuild_index(self) -> None:
         """Fills the index anew from the records and manifests on disk. Raises Corrupted if one is not readable."""
-        with self._index.write() as db:
-            rebuild(self._blobs, self._records, db)
-
-
-def _find(db: sqlite3.Connection, reference: Reference) -> tuple[int, str] | None:
-    selector = reference.selector
-    if selector is None:
-        return queries.newest_version(db, reference.name)
-    if isinstance(selector, int):
-        digest = queries.version_by_number(db, reference.name, selector)
-        return None if digest is None else (selector, digest)
-    if reference.digest:
-        version = queries.version_by_digest(db, reference.name, reference.digest)
-        return None if version is None else (version, reference.digest)
-    return queries.version_by_alias(db, reference.name, selector)
-
-
-def _unknown(db: sqlite3.Connection, reference: Reference) -> NotFound:
-    newest = queries.newest_version(db, reference.name)
-    if newest is None:
-        return unknown_name(db, reference.name)
-    if isinstance(reference.selector, int):
-        return unknown_version(db, reference.name, reference.selector, newest[0])
-    if reference.digest:
-        return NotFound(f"{reference.name} has no version with the digest {reference.digest}.")
-    known = queries.aliases(db, reference.name)
-    near = [f"{reference.name}@{alias}" for alias in nearest_words(str(reference.alias), known)]
-    return NotFound(f"{reference.name} has no alias {reference.alias}.", near=near)
+        with self.index.write() as db:
+            rebuild(self.blobs, self.records, db)

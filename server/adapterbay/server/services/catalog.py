@@ -6,13 +6,12 @@ import base64
 import binascii
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from adapterbay.registry import AdapterSummary, Registry, VersionRecord
+from adapterbay.registry import AdapterSummary, VersionRecord
 from adapterbay.registry.errors import InvalidArgument, NotFound
 from adapterbay.server.services.ports import EnginePort
 from adapterbay.v1 import adapters_pb2
@@ -71,7 +70,6 @@ class Catalog:
     def __init__(self, engine: EnginePort) -> None:
         self._engine = engine
         self._registry = engine.adapters.registry
-        self._digests = _Digests(self._registry)
 
     def page(self, listing: Listing, after: Place | None, size: int) -> tuple[list[adapters_pb2.Adapter], Place | None]:
         """One page, and where it ended if more follows."""
@@ -95,7 +93,7 @@ class Catalog:
 
     def with_digest(self, digest: str) -> list[adapters_pb2.Adapter]:
         """The versions that have a digest: the same content may have been pushed under several names."""
-        return [self.find(*place) for place in self._digests.places(digest)]
+        return [self.find(*place) for place in self._registry.places(digest)]
 
     def manifest_json(self, digest: str) -> str:
         """The canonical JSON that the digest was computed over."""
@@ -143,23 +141,3 @@ class Catalog:
             return [summary]  # the summary is the latest version's record: no need to ask again
         versions = self._registry.versions(summary.name)
         return [record for record in versions if everyone or record.aliases or record.version == summary.version]
-
-
-class _Digests:
-    """Which versions have a digest, kept up to date from the registry's events: each is read once."""
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._places: dict[str, list[Place]] = {}
-        self._seen = 0
-        self._lock = threading.Lock()
-
-    def places(self, digest: str) -> list[Place]:
-        """The versions with this digest, in the order of their pushes."""
-        with self._lock:
-            while events := self._registry.events(self._seen):
-                for event in events:
-                    if event.kind == "pushed":
-                        self._places.setdefault(event.digest, []).append((event.name, event.version))
-                self._seen = events[-1].sequence
-            return list(self._places.get(digest, ()))

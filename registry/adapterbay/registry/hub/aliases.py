@@ -1,0 +1,226 @@
+"""Aliases as tags, moved by compare-and-swap as far as the Hub allows.
+
+The Hub cannot move a tag at one instant: it is deleted and made again. So a move is written down first, as one line of
+adapterbay/aliases.jsonl in a commit whose parent is checked. Of two movers one gets that commit; the other is told
+(412), reads again, and waits until the first one's tag stands where its line says; then it compares and writes its own.
+
+    read main, tags and log → the alias must point at `expected` → commit the line → delete the tag → make it
+
+What this gives, and what it does not:
+- Two movers that both use this package never both succeed from one `expected`. Each move is in the log: who, and when.
+- Between delete and make the tag is not there: plain clients (`revision="champion"`) fail for that moment. Readers of
+  this package take the line in the log, as long as it is younger than SETTLE_SECONDS.
+- Somebody who moves the tag by other means is not held up. If that happens between reading and deleting, the move is
+  lost; if between deleting and making, the Hub says so (409), and the mover here fails with StaleAlias.
+- A mover that dies after its line and before its tag leaves the tag where it was, or away: `verify` says so, and after
+  SETTLE_SECONDS the next mover goes by the tag.
+- A server that moves a tag when it is made again (`registry serve`) has no moment without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from adapterbay.registry.errors import AdapterbayError, Conflict, NotFound, Rejected, StaleAlias
+from adapterbay.registry.hub.client import HubClient
+from adapterbay.registry.hub.ledger import ALIAS_LOG_PATH, LoggedMove, alias_log_bytes
+from adapterbay.registry.hub.repository import RepositoryState, version_of_commit
+from adapterbay.registry.nearest import nearest_words
+from adapterbay.registry.views import ANY, AliasMove, AnyVersion
+
+SETTLE_SECONDS: Final = 30.0
+"""So long a move that is written down may take until its tag stands. Clocks must agree to about this."""
+MAX_ATTEMPTS: Final = 40
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 3.0
+
+
+def attempts() -> Iterator[int]:
+    """Counts attempts at a write, with a growing and jittered pause between them."""
+    for attempt in range(MAX_ATTEMPTS):
+        if attempt:
+            time.sleep(random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0**attempt)))
+        yield attempt
+
+
+def now() -> str:
+    """The time as it stands in the log."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def alias_commit(state: RepositoryState, alias: str) -> str | None:
+    """The commit that an alias or any other tag means; None if there is none. See above for a tag on the move."""
+    commit = state.tags.get(alias)
+    if commit is not None or state.ledger is None:
+        return commit
+    move = _last_move(state, alias)
+    return state.commit_of(move.version) if move and move.version is not None and _is_fresh(move) else None
+
+
+def current_versions(state: RepositoryState) -> dict[str, int]:
+    """The aliases and the versions that they point at. A tag that points at no version is none."""
+    found = {}
+    for alias in state.alias_tags:
+        version = current_version(state, alias)
+        if version is not None:
+            found[alias] = version
+    return found
+
+
+def set_alias(
+    client: HubClient,
+    name: str,
+    alias: str,
+    version: int,
+    expected: int | AnyVersion | None,
+    by: str,
+    *,
+    rollback: bool = False,
+) -> AliasMove:
+    """See `Backend.set_alias`. Raises StaleAlias, NotFound, Conflict if the repository does not come to rest."""
+    for _ in attempts():
+        state = RepositoryState.read(client, name)
+        commit = state.commit_of(version)
+        if is_moving(state, alias):
+            continue
+        current = current_version(state, alias)
+        check_expected(name, alias, expected, current)
+        if current == version:
+            return AliasMove(alias, current, version)
+        move = LoggedMove(alias=alias, version=version, previous=current, by=by, at=now(), rollback=rollback)
+        if _write(state, move):
+            move_tag(client, name, alias, commit, before=state.tags.get(alias))
+            return AliasMove(alias, current, version)
+    raise busy(name)
+
+
+def remove_alias(client: HubClient, name: str, alias: str, expected: int | AnyVersion | None, by: str) -> AliasMove:
+    """See `Backend.remove_alias`. Raises StaleAlias, NotFound, Conflict."""
+    for _ in attempts():
+        state = RepositoryState.read(client, name)
+        if is_moving(state, alias):
+            continue
+        if alias not in state.tags:
+            raise NotFound(f"{name} has no alias {alias}.", near=nearest_words(alias, state.alias_tags))
+        current = current_version(state, alias)
+        check_expected(name, alias, expected, current)
+        if _write(state, LoggedMove(alias=alias, version=None, previous=current, by=by, at=now())):
+            client.delete_tag(name, alias)
+            return AliasMove(alias, current, None)
+    raise busy(name)
+
+
+def rollback(client: HubClient, name: str, alias: str, by: str) -> AliasMove:
+    """See `Backend.rollback`: the move before is what the log knows. Raises NotFound or StaleAlias."""
+    state = RepositoryState.read(client, name)
+    current = current_version(state, alias)
+    places: list[int | None] = []
+    for move in state.alias_log:
+        if move.alias != alias:
+            continue
+        if move.rollback and len(places) > 1:
+            places.pop()
+        else:
+            places.append(move.version)
+    if places and places[-1] == current:
+        places.pop()
+    earlier = [place for place in places if place is not None]
+    if not earlier:
+        what = f"was never set on {name}" if current is None else f"never pointed at anything but {current}"
+        raise NotFound(f"There is nothing to go back to: {alias} {what}, as far as {ALIAS_LOG_PATH} knows.")
+    return set_alias(client, name, alias, earlier[-1], current, by, rollback=True)
+
+
+def move_tag(client: HubClient, name: str, alias: str, commit: str, *, before: str | None) -> None:
+    """Points a tag at a commit. Raises StaleAlias if somebody else makes it meanwhile.
+
+    A server that moves a tag when it is made again does it at one instant; the Hub answers 409 and it is deleted first.
+    """
+    try:
+        client.create_tag(name, alias, commit)
+        return
+    except Conflict:
+        if before is None:
+            raise _overtaken(name, alias) from None
+    with contextlib.suppress(NotFound):  # somebody else deleted it
+        client.delete_tag(name, alias)
+    try:
+        client.create_tag(name, alias, commit)
+    except Conflict as error:
+        raise _overtaken(name, alias) from error
+    except AdapterbayError:
+        with contextlib.suppress(AdapterbayError):  # the error to report is the first
+            client.create_tag(name, alias, before)
+        raise
+
+
+def check_expected(name: str, alias: str, expected: int | AnyVersion | None, current: int | None) -> None:
+    """Compares. Raises StaleAlias with both versions."""
+    if expected is ANY or expected == current:
+        return
+    there = "is not set" if current is None else f"points at version {current}"
+    wanted = "not to be set" if expected is None else f"version {expected}"
+    error = StaleAlias(f"{name}@{alias} {there}, but {wanted} was expected: read it again and decide anew.")
+    error.metadata.update(
+        {"alias": alias, "current_version": str(current or ""), "expected_version": str(expected or "")}
+    )
+    raise error
+
+
+def is_moving(state: RepositoryState, alias: str) -> bool:
+    """Whether somebody wrote a move down a moment ago whose tag does not stand yet."""
+    move = _last_move(state, alias)
+    return move is not None and _is_fresh(move) and move.version != current_version(state, alias)
+
+
+def busy(name: str) -> Conflict:
+    """The error for a repository that others change faster than we can."""
+    return Conflict(
+        f"{name} was changed by others {MAX_ATTEMPTS} times while this waited for its turn: try again later."
+    )
+
+
+def _overtaken(name: str, alias: str) -> StaleAlias:
+    return StaleAlias(f"Somebody else moved {name}@{alias} at the same time: read it again and decide anew.")
+
+
+def _write(state: RepositoryState, move: LoggedMove) -> bool:
+    """Appends a line to the log, if nobody was faster. Without a ledger no log is kept: a commit would be a version."""
+    if state.ledger is None:
+        return True
+    where = "removed" if move.version is None else f"→ v{move.version}"
+    try:
+        state.client.commit(
+            state.name,
+            parent=state.head,
+            add={ALIAS_LOG_PATH: alias_log_bytes([*state.alias_log, move])},
+            title=f"Alias {move.alias} {where}",
+            message=f"by {move.by}",
+        )
+    except Conflict:
+        return False
+    return True
+
+
+def _last_move(state: RepositoryState, alias: str) -> LoggedMove | None:
+    return next((move for move in reversed(state.alias_log) if move.alias == alias), None)
+
+
+def _is_fresh(move: LoggedMove) -> bool:
+    return datetime.now(UTC) - datetime.fromisoformat(move.at) < timedelta(seconds=SETTLE_SECONDS)
+
+
+def current_version(state: RepositoryState, alias: str) -> int | None:
+    """The version that the tag points at; None if there is no tag, or if it points at no version."""
+    commit = state.tags.get(alias)
+    if commit is None:
+        return None
+    try:
+        return version_of_commit(state, commit)
+    except (NotFound, Rejected):
+        return None

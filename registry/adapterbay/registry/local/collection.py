@@ -1,0 +1,76 @@
+"""Garbage collection of blobs: mark from manifests, sweep what is old enough.
+
+Marked are the manifests of all versions that ever were (small, and the parents of others), the files and signatures of
+versions that are not deleted, and the files of commits, except what only deleted versions brought.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from typing import Final
+
+from adapterbay.registry.errors import Corrupted, Rejected
+from adapterbay.registry.local.blobs import BlobStore
+from adapterbay.registry.local.index import Index
+from adapterbay.registry.manifest import Manifest
+from adapterbay.registry.views import CollectionReport
+
+DEFAULT_GRACE_SECONDS: Final = 24 * 3600.0
+
+
+def collect(blobs: BlobStore, index: Index, grace_seconds: float, *, dry_run: bool) -> CollectionReport:
+    """See `Registry.gc`. Holds the write lock, so that no write can refer to a blob while it goes.
+
+    Raises Corrupted, and removes nothing, if a manifest is not readable: what it needs is not known.
+    """
+    swept_staging = 0 if dry_run else blobs.sweep_staging()
+    removed = fresh = freed = 0
+    with index.write() as db:
+        marked = _marked(db, blobs)
+        deadline = time.time() - grace_seconds
+        for digest, path in list(blobs.all()):
+            if digest in marked:
+                continue
+            status = path.stat()
+            # A rename does not change the time of a file: the time of the inode's last change is what tells its age.
+            if max(status.st_mtime, status.st_ctime) > deadline:
+                fresh += 1
+                continue
+            removed += 1
+            freed += status.st_size
+            if not dry_run:
+                db.execute("DELETE FROM blobs WHERE digest = ?", (digest,))
+                blobs.remove(digest)
+        kept = len(marked)
+    return CollectionReport(removed, freed, fresh, kept, swept_staging, dry_run)
+
+
+def _marked(db: sqlite3.Connection, blobs: BlobStore) -> set[str]:
+    marked: set[str] = set()
+    deleted: set[tuple[str, int]] = set()
+    live: set[str] = set()
+    for name, version, digest, deleted_at, signature in db.execute(
+        "SELECT name, version, digest, deleted_at, signature FROM versions"
+    ):
+        marked.add(digest)
+        if deleted_at is not None:
+            deleted.add((name, version))
+            continue
+        live.add(digest)
+        if signature is not None:
+            marked.add(signature)
+    for digest in live:
+        path = blobs.check(digest, None, "The manifest")
+        try:
+            marked.update(entry.digest for entry in Manifest.from_bytes(path.read_bytes()).files)
+        except Rejected as error:
+            raise Corrupted(f"The manifest {digest} is not valid: {error.message}") from error
+    standing: dict[str, int] = {}  # name → the version whose files the commit has
+    for name, version, tree in db.execute("SELECT name, version, tree FROM commits ORDER BY name, number"):
+        if version is not None:
+            standing[name] = version
+        if (name, standing.get(name, 0)) not in deleted:
+            marked.update(digest for digest, _ in json.loads(tree).values())
+    return marked

@@ -1,0 +1,70 @@
+"""What tests with hostile input share: safetensors files with any header, refusals, and settings for fuzzing."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from adapterbay.registry.errors import AdapterbayError, Rejected
+
+FACTOR = float(os.environ.get("ADAPTERBAY_FUZZ", "0"))
+"""Set it to fuzz at random, with so many times the examples; unset, the examples are always the same."""
+
+
+def fuzz(examples: int) -> settings:
+    return settings(
+        max_examples=int(examples * (FACTOR or 1)),
+        derandomize=not FACTOR,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+    )
+
+
+def with_header(header: dict[str, Any] | bytes, data: bytes) -> bytes:
+    """A safetensors file with this header, whatever it says."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def split(file: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header and the data of a valid safetensors file."""
+    (length,) = struct.unpack("<Q", file[:8])
+    return json.loads(file[8 : 8 + length]), file[8 + length :]
+
+
+def refused(reason: str, call: Callable[[], Any]) -> Rejected:
+    with pytest.raises(Rejected) as caught:
+        call()
+    assert caught.value.reason == reason, caught.value
+    checked(caught.value)
+    return caught.value
+
+
+def checked(error: AdapterbayError) -> None:
+    """An error is one readable piece of text, however hostile what it speaks of."""
+    assert 20 < len(error.message) < 5000
+    assert all(character.isprintable() for character in error.message), error.message
+    assert all(len(value) < 3000 for value in error.metadata.values())
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most that Python and numpy had allocated at once while `call` ran."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def files_of(folder: Path) -> dict[str, Path | bytes]:
+    return {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
