@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import struct
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from adapterbay.registry.admission.candidate import Candidate, Wishes, examine
+from adapterbay.registry.admission.folder import read_folder
+from adapterbay.registry.digest import digest_file
 from adapterbay.registry.errors import AdapterbayError, Rejected
+from adapterbay.registry.local.blobs import Staged
 
 FACTOR = float(os.environ.get("ADAPTERBAY_FUZZ", "0"))
 """Set it to fuzz at random, with so many times the examples; unset, the examples are always the same."""
@@ -39,6 +46,14 @@ def split(file: bytes) -> tuple[dict[str, Any], bytes]:
     """The header and the data of a valid safetensors file."""
     (length,) = struct.unpack("<Q", file[:8])
     return json.loads(file[8 : 8 + length]), file[8 + length :]
+
+
+def torch_zip() -> bytes:
+    """What torch.save writes: a zip with a pickle in it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}))
+    return buffer.getvalue()
 
 
 def refused(reason: str, call: Callable[[], Any]) -> Rejected:
@@ -68,3 +83,12 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 def files_of(folder: Path) -> dict[str, Path | bytes]:
     return {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def look(folder: Path, **wishes: Any) -> Candidate:
+    """What a push would find in a folder, without storing anything."""
+    found = read_folder(folder)
+    staged = {
+        name: Staged(path, digest_file(path), path.stat().st_size, stored=False) for name, path in found.files.items()
+    }
+    return examine(found, staged, Wishes(**wishes))

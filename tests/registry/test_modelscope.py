@@ -27,7 +27,7 @@ from adapterbay.registry.errors import (
     StorageFull,
     Unavailable,
 )
-from adapterbay.registry.sources import fetch_adapter_folder, is_source
+from adapterbay.registry.sources import fetch_adapter_folder
 
 REPO = "AI-Org/Tiny_Llama-1.5"
 BASE = f"modelscope:{REPO}"
@@ -165,6 +165,8 @@ def test_several_at_once_get_the_same_folder(modelscope: ModelScope, repository:
     for thread in threads:
         thread.join()
     assert found == [cache(REPO, "snapshots", repository.branches["master"])] * 4
+    assert len(modelscope.fetched()) == len(set(modelscope.fetched()))
+    assert not list(cache(REPO, "partial").iterdir())
 
 
 def test_a_merged_branch_without_a_commit_of_its_files_is_not_pinned(
@@ -335,13 +337,6 @@ def test_an_adapter_that_is_not_there(modelscope: ModelScope, monkeypatch: pytes
     for text in ("modelscope:org", "modelscope:org/x@", "modelscope:../x", "folder:x", "org/x", "hub:x"):
         with pytest.raises(InvalidReference):
             fetch_adapter_folder(text)
-
-
-def test_what_is_a_source() -> None:
-    assert is_source("modelscope:org/x")
-    assert is_source("hub:org/x@v1")
-    assert not is_source("./out/tales")
-    assert not is_source("org/x")
 
 
 @pytest.mark.parametrize("revision", [None, "main", "1" * 40])

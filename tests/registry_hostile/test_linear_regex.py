@@ -15,8 +15,33 @@ from adapterbay.registry.admission.patterns import MAX_KEYS, ModulePatterns, Tar
 from adapterbay.registry.errors import Rejected
 
 atoms = st.sampled_from(
-    ["a", "b", ".", r"\.", r"\d", r"\w", r"\S", "[ab]", "[^a]", "[a-c1]", r"[\d.]", "[]a]", "[^]b]", "1", "_", "^", "$"]
-    + [r"\b", r"\B", r"\A", r"\Z", "-", "{", "}", "{x"]
+    [
+        "a",
+        "b",
+        ".",
+        r"\.",
+        r"\d",
+        r"\w",
+        r"\S",
+        "[ab]",
+        "[^a]",
+        "[a-c1]",
+        r"[\d.]",
+        "[]a]",
+        "[^]b]",
+        "1",
+        "_",
+        "^",
+        "$",
+        r"\b",
+        r"\B",
+        r"\A",
+        r"\Z",
+        "-",
+        "{",
+        "}",
+        "{x",
+    ]
 )
 repeats = st.sampled_from(["", "", "", "*", "+", "?", "*?", "+?", "??", "{2}", "{1,2}", "{,2}", "{1,}", "{0}", "{}"])
 patterns = st.recursive(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hub_tools import ServerProcess, serving, vary
 from huggingface_hub import HfApi
+from plain_hub import PlainHub, plain_hub
 
 from adapterbay.registry.hub.backend import HubRegistry
 
@@ -73,3 +74,10 @@ def api(server: ServerProcess) -> HfApi:
 def content(adapter: Path, tmp_path: Path) -> Callable[[int], Path]:
     """Adapters that differ, by number."""
     return lambda number: vary(adapter, tmp_path / "contents" / str(number), number)
+
+
+@pytest.fixture
+def plain() -> Iterator[PlainHub]:
+    """A Hub that knows nothing of versions, and whose tags anybody may move."""
+    with plain_hub() as running:
+        yield running

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fuse_tools import FUSION_TARGETS, Bench
 from tiny import make_base
 
 from adapterbay.registry import Registry
@@ -37,3 +38,19 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
     store = Registry.open(tmp_path / "registry")
     yield store
     store.close()
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, bases: dict[str, Path], registry: Registry, tmp_path: Path) -> Bench:
+    architecture = getattr(request, "param", "llama")
+    return Bench(bases[architecture], registry, tmp_path)
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest, bases: dict[str, Path], registry: Registry, tmp_path: Path) -> Bench:
+    """Two adapters of one rank that share some of their layers."""
+    architecture = getattr(request, "param", "llama")
+    made = Bench(bases[architecture], registry, tmp_path)
+    for name, targets in zip("ab", FUSION_TARGETS[architecture], strict=True):
+        made.add(name, targets=targets, settings={"fan_in_fan_out": architecture == "gpt2"})
+    return made

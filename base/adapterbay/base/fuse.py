@@ -75,11 +75,13 @@ def fuse(
     parts = [_read(files) for files in adapters]
     if settings.needs_equal_ranks:
         _check_ranks(parts, settings.method)
-    with _quiet():
+    # Layers are filled with random values as they are made: torch's own generator is left as it was.
+    with _quiet(), torch.random.fork_rng(devices=[]):
         tensors, config = _fused(_skeleton(base, task), base, parts, weights, settings)
     tensors |= _averaged_heads([part.heads for part in parts], weights)
     (destination / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    ordered = {key: tensors[key].detach().to(torch.float32).contiguous() for key in sorted(tensors)}
+    # Adding 0.0 turns -0.0 into 0.0: PEFT pads with random values times zero, whose signs would change the digest.
+    ordered = {key: (tensors[key].detach().to(torch.float32) + 0.0).contiguous() for key in sorted(tensors)}
     save_file(ordered, destination / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
@@ -105,18 +107,19 @@ def _fused(
     from peft import get_peft_model_state_dict
 
     model = _with_adapters(skeleton, base, parts)
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
     try:
-        with _seeded(settings.seed):
-            model.add_weighted_adapter(
-                [f"part{index}" for index in range(len(parts))],
-                list(weights),
-                _FUSED,
-                combination_type=settings.method,
-                svd_rank=settings.rank,
-                # The same first singular vectors, without those that are cut off.
-                svd_full_matrices=False,
-                density=settings.density,
-            )
+        model.add_weighted_adapter(
+            [f"part{index}" for index in range(len(parts))],
+            list(weights),
+            _FUSED,
+            combination_type=settings.method,
+            svd_rank=settings.rank,
+            # The same first singular vectors, without those that are cut off.
+            svd_full_matrices=False,
+            density=settings.density,
+        )
     except ValueError as error:
         raise InvalidArgument(f"PEFT cannot fuse them by {settings.method}: {error}", field="method") from error
     tensors: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=_FUSED, save_embedding_layers=False)
@@ -195,15 +198,6 @@ def _plain_config(part: _Adapter, *, transposed: bool) -> Any:
     )
 
 
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Draws from `seed` inside, and leaves torch's own generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
-
-
 def _config(fused: Any, parts: Sequence[_Adapter], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """adapter_config.json: sorted, and true for each of `tensors`, whose scaling is 1."""
     first = parts[0].config
@@ -219,7 +213,7 @@ def _config(fused: Any, parts: Sequence[_Adapter], tensors: Mapping[str, Tensor]
         "revision": first.get("revision"),
         "task_type": first.get("task_type"),
         "modules_to_save": first.get("modules_to_save"),
-        "use_rslora": False,
+        "use_rslora": fused.use_rslora,
         "lora_alpha": fused.r,
         "rank_pattern": odd,
         "alpha_pattern": odd,

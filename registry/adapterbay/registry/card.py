@@ -215,10 +215,12 @@ def _parse_front_matter(block: str) -> dict[str, Any]:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(block, Loader=yaml.SafeLoader)):
             raise yaml.YAMLError("it uses aliases, which can expand without end")
         value = yaml.safe_load(block)
+        if value is not None and not isinstance(value, dict):
+            raise yaml.YAMLError(f"it is a {type(value).__name__}, not a mapping")
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         _log.warning("The front matter of README.md is not usable and was left out of the card: %s", plain_text(error))
         return {}
-    return {key: item for key, item in value.items() if isinstance(key, str)} if isinstance(value, dict) else {}
+    return {key: item for key, item in (value or {}).items() if isinstance(key, str)}
 
 
 def _publishable(theirs: dict[str, Any]) -> dict[str, Any]:

@@ -140,13 +140,13 @@ def parse_json(data: bytes, what: str, *, max_values: int | None = None) -> Any:
 
 
 def _is_deep(value: Any) -> bool:
-    level: list[Any] = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_JSON_DEPTH):
         level = [
             item
             for inner in level
-            if isinstance(inner, dict | list)
             for item in (inner.values() if isinstance(inner, dict) else inner)
+            if item.__class__ is dict or item.__class__ is list
         ]
         if not level:
             return False

@@ -10,9 +10,9 @@ from typing import Any, Final
 MAX_TEXT: Final = 200
 """Characters of one value; what is longer is cut, with an ellipsis."""
 
-_ENTITIES: Final = {ord(character): f"&#{ord(character)};" for character in "&<>`$\\{}|"}
-# An underscore between letters or digits is an underscore; anywhere else it may begin emphasis.
-_ESCAPED = re.compile(r"([*\[\]~#!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+# What begins HTML, an entity, code, mathematics or a cell; an underscore between letters or digits is one.
+_SPECIAL = re.compile(r"[&<>`$\\{}|*\[\]~#!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_BACKSLASHED: Final = frozenset("*_[]~#!")
 _PLAIN_CODE = re.compile(r"[\w .,:;@/+=()-]+")
 _HIDDEN: Final = frozenset({"Cc", "Zl", "Zp", "Cs"})
 _DIRECTIONS: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -30,7 +30,11 @@ def plain_text(value: Any, limit: int = MAX_TEXT) -> str:
 
 def escaped(value: Any, limit: int = MAX_TEXT) -> str:
     """`value` as Markdown that shows it literally, in a table as well (CommonMark 0.31, sections 2.4 and 2.5)."""
-    return _ESCAPED.sub(r"\\\1", plain_text(value, limit).translate(_ENTITIES))
+    return _SPECIAL.sub(_escape, plain_text(value, limit))
+
+
+def _escape(match: re.Match[str]) -> str:
+    return f"\\{match[0]}" if match[0] in _BACKSLASHED else f"&#{ord(match[0])};"
 
 
 def code(value: Any, limit: int = MAX_TEXT) -> str:

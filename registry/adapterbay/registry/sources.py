@@ -26,11 +26,6 @@ _HUB: Final = "hub:"
 _MODELSCOPE: Final = "modelscope:"
 
 
-def is_source(text: str) -> bool:
-    """Whether `text` names a repository elsewhere and not a folder."""
-    return text.startswith((_HUB, _MODELSCOPE))
-
-
 def fetch_adapter_folder(text: str) -> Path:
     """The folder of an adapter named `hub:ORG/REPO[@REVISION]` or `modelscope:ORG/REPO[@REVISION]`, fetched if needed.
 

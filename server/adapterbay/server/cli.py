@@ -38,7 +38,9 @@ def server() -> None:
 
 @app.command("start")
 def start(
-    base: Annotated[str | None, typer.Option(help="hub:ORG/REPO, gguf:PATH, package:NAME or a folder.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="hub:ORG/REPO, modelscope:ORG/REPO, gguf:PATH, package:NAME or a folder.")
+    ] = None,
     registry: Annotated[str | None, typer.Option(help="The registry's folder.")] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = DEFAULTS.host,
     port: Annotated[int, typer.Option(help="The port; 0 picks a free one.")] = DEFAULTS.port,

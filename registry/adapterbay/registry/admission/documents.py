@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +24,8 @@ def read_bytes(source: Path | bytes, what: str, max_bytes: int = MAX_BYTES) -> b
         data = source[: max_bytes + 1]
     else:
         with open_regular(source, what) as file:
-            data = file.read(max_bytes + 1)
+            # As much as is asked for is allocated at once.
+            data = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
     if len(data) > max_bytes:
         raise Rejected(f"{what} has more than {max_bytes} bytes.", reason="TOO_LARGE", metadata={"file": what})
     return data

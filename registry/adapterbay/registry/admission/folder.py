@@ -70,8 +70,9 @@ def read_folder(folder: str | Path) -> PeftFolder:
 
     Reasons: MISSING_FILE, PATH_OUTSIDE, NOT_A_FILE, PICKLE, CODE_IN_FOLDER, COMPRESSED.
     """
-    given = Path(folder).expanduser()
+    given = Path(folder)
     try:
+        given = given.expanduser()
         if not given.is_dir():
             raise NotFound(f"There is no folder {given}: give the one that save_pretrained or the trainer wrote.")
         root = given.resolve()
@@ -91,6 +92,8 @@ def read_folder(folder: str | Path) -> PeftFolder:
                 files[name] = _inside(entry, name, root)
     except OSError as error:
         raise InvalidArgument(f"{given} cannot be read: {error.strerror}.", field="folder") from error
+    except RuntimeError as error:  # the ~ of a user that is not there
+        raise NotFound(f"There is no folder {given}: {error}") from error
     return _sorted_out(root, files, folders)
 
 

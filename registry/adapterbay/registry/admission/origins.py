@@ -90,21 +90,21 @@ def _checked(name: str, where: str) -> str:
 
 
 def _named_by_peft(name: str, revision: Any) -> Origin:
-    if cached := _HUB_CACHE.fullmatch(name):
-        # models--ORG--NAME; the commit is the folder's name. It outlives the machine, the path does not.
-        return Origin(
-            BaseReference("hub", cached["repo"].replace("--", "/", 1), cached["commit"]),
-            f"from the cache path in {CONFIG_FILE}",
-            elsewhere=BaseReference("folder", name),
-        )
-    if page := _HUB_PAGE.fullmatch(name):
-        return Origin(BaseReference("hub", page["repo"], page["revision"]), f"from the address in {CONFIG_FILE}")
     try:
+        if cached := _HUB_CACHE.fullmatch(name):
+            # models--ORG--NAME; the commit is the folder's name. It outlives the machine, the path does not.
+            return Origin(
+                BaseReference("hub", cached["repo"].replace("--", "/", 1), cached["commit"]),
+                f"from the cache path in {CONFIG_FILE}",
+                elsewhere=BaseReference("folder", name),
+            )
+        if page := _HUB_PAGE.fullmatch(name):
+            return Origin(BaseReference("hub", page["repo"], page["revision"]), f"from the address in {CONFIG_FILE}")
         reference = BaseReference.parse(name)
+        if reference.scheme == "hub" and reference.revision is None and isinstance(revision, str) and revision:
+            reference = BaseReference("hub", reference.target, revision)
     except InvalidReference as error:
         raise BaseNotFound(f"{CONFIG_FILE} names the base as {name[:200]!r}, which is no base: pass --base.") from error
-    if reference.scheme == "hub" and reference.revision is None and isinstance(revision, str) and revision:
-        reference = BaseReference("hub", reference.target, revision)
     return Origin(reference, f"from {CONFIG_FILE}")
 
 

@@ -154,9 +154,7 @@ def _tensor(what: str, name: str, entry: Any, data_begin: int) -> TensorInfo:
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**62 for item in value
-    )
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**62 for item in value)
 
 
 def _check_tiling(what: str, tensors: list[TensorInfo], data_begin: int, size: int) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -182,23 +183,21 @@ def _pinned(api: HubApi, request: Request, files: Mapping[str, _File]) -> str:
 
 def _download(api: HubApi, request: Request, commit: str, files: Mapping[str, _File], cache: _Cache) -> None:
     target = cache.commit(commit)
-    # A folder that is there already is another tool's, and not whole: it is completed. Else the folder appears at once.
-    place = target if target.is_dir() else cache.root / "partial" / commit
-    api.download_repo(
-        request.repo,
-        "model",
-        revision=commit,
-        local_dir=place,
-        file_list=[{"Path": file.path, "Sha256": file.sha256, "Size": file.size} for file in files.values()],
-    )
-    if place == target:
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        place.rename(target)
-    except OSError:
-        if not request.whole(target):  # else another process was faster
-            raise
+    with cache.lock():
+        if request.reuse and request.whole(target):
+            return  # another process was faster
+        # A folder that is there already is another tool's, and completed. A new one appears at once, when it is whole.
+        place = target if target.is_dir() else cache.root / "partial" / commit
+        api.download_repo(
+            request.repo,
+            "model",
+            revision=commit,
+            local_dir=place,
+            file_list=[{"Path": file.path, "Sha256": file.sha256, "Size": file.size} for file in files.values()],
+        )
+        if place != target:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            place.rename(target)
 
 
 class _Cache:
@@ -212,6 +211,14 @@ class _Cache:
     def commit(self, commit: str) -> Path:
         """The folder of a commit, whether it is there or not."""
         return self.root / "snapshots" / commit
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One download at a time for a repository, over all processes; one that dies lets go."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def note(self, revision: str, commit: str) -> None:
         """Remembers what a branch or tag means."""

@@ -14,7 +14,7 @@ from adapterbay.registry.console import guarded, write_json
 from adapterbay.registry.errors import InvalidArgument, MissingExtra
 from adapterbay.registry.local.store import Registry
 from adapterbay.registry.paths import default_registry
-from adapterbay.registry.serve.settings import DEFAULT_PORT, MIB, BaseChoice, ServeSettings, Sizes
+from adapterbay.registry.serve.settings import DEFAULT_PORT, BaseChoice, ServeSettings, Sizes
 from adapterbay.registry.serve.tokens import Token, TokenFile
 from adapterbay.registry.tables import write, write_table
 
@@ -46,10 +46,10 @@ def serve(
     public_url: Annotated[
         str | None, typer.Option("--public-url", metavar="URL", help="Where clients reach it, behind a proxy.")
     ] = None,
-    regular_mib: Annotated[
+    regular_bytes: Annotated[
         int,
-        typer.Option("--regular-mib", min=1, help="Files up to this size travel inside a commit; larger by Git LFS."),
-    ] = Sizes().regular_bytes // MIB,
+        typer.Option("--regular-bytes", min=1, help="Files up to this size travel inside a commit; larger by Git LFS."),
+    ] = Sizes().regular_bytes,
 ) -> None:
     """Serve the registry by the Hub's protocol: clients set HF_ENDPOINT and HF_TOKEN and push and pull as ever."""
     try:
@@ -61,7 +61,7 @@ def serve(
             f"Serving needs {error.name}: pip install 'adapterbay[registry-server]'.",
             metadata={"extra": "registry-server"},
         ) from error
-    sizes = Sizes(regular_bytes=regular_mib * MIB, commit_bytes=max(Sizes().commit_bytes, regular_mib * MIB))
+    sizes = Sizes(regular_bytes=regular_bytes, commit_bytes=max(Sizes().commit_bytes, regular_bytes))
     settings = ServeSettings(
         registry=_folder(registry),
         host=host,

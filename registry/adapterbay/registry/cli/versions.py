@@ -26,6 +26,7 @@ from adapterbay.registry.cli.common import (
     opened_to_push,
     with_force,
 )
+from adapterbay.registry.cli.reading import show_lineage
 from adapterbay.registry.console import fail, guarded, write_json
 from adapterbay.registry.errors import InvalidArgument
 from adapterbay.registry.local.store import Registry
@@ -145,9 +146,19 @@ def _tag(text: str) -> tuple[str, str | None]:
 
 @app.command()
 @guarded()
-def show(reference: ReferenceArgument, registry: RegistryOption = None, as_json: JsonOption = False) -> None:
-    """Show one version with its manifest."""
+def show(
+    reference: ReferenceArgument,
+    lineage: Annotated[bool, typer.Option("--lineage", help="Show what it was made from instead.")] = False,
+    dot: Annotated[bool, typer.Option("--dot", help="The lineage for Graphviz.")] = False,
+    svg: Annotated[bool, typer.Option("--svg", help="The lineage as a picture.")] = False,
+    registry: RegistryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one version with its manifest, or what it was made from."""
     store, spelled = opened(reference, registry)
+    if lineage or dot or svg:
+        show_lineage(store, spelled, as_json=as_json, dot=dot, svg=svg)
+        return
     resolved = store.resolve(spelled)
     version = store.version(resolved.name, resolved.version)
     manifest = store.snapshot(f"{resolved.name}@{resolved.digest}").manifest

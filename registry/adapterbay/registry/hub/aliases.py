@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from adapterbay.registry.errors import AdapterbayError, Conflict, NotFound, Rejected, StaleAlias
+from adapterbay.registry.errors import AdapterbayError, Conflict, Corrupted, NotFound, Rejected, StaleAlias
 from adapterbay.registry.hub.client import HubClient
 from adapterbay.registry.hub.ledger import ALIAS_LOG_PATH, LoggedMove, alias_log_bytes
 from adapterbay.registry.hub.repository import RepositoryState, version_of_commit
@@ -48,9 +48,25 @@ def attempts() -> Iterator[int]:
         yield attempt
 
 
-def now() -> str:
-    """The time as it stands in the log."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
+def new_move(
+    state: RepositoryState,
+    alias: str,
+    version: int | None,
+    by: str,
+    *,
+    newest: int | None = None,
+    rollback: bool = False,
+) -> LoggedMove:
+    """The line for a move that is made now. `newest` is the version that the same commit makes, if it makes one."""
+    return LoggedMove(
+        alias=alias,
+        version=version,
+        previous=current_version(state, alias),
+        newest=newest or max(state.numbers(), default=0),
+        by=by,
+        at=datetime.now(UTC).isoformat(timespec="microseconds"),
+        rollback=rollback,
+    )
 
 
 def alias_commit(state: RepositoryState, alias: str) -> str | None:
@@ -92,8 +108,7 @@ def set_alias(
         check_expected(name, alias, expected, current)
         if current == version:
             return AliasMove(alias, current, version)
-        move = LoggedMove(alias=alias, version=version, previous=current, by=by, at=now(), rollback=rollback)
-        if _write(state, move):
+        if _write(state, new_move(state, alias, version, by, rollback=rollback)):
             move_tag(client, name, alias, commit, before=state.tags.get(alias))
             return AliasMove(alias, current, version)
     raise busy(name)
@@ -109,7 +124,7 @@ def remove_alias(client: HubClient, name: str, alias: str, expected: int | AnyVe
             raise NotFound(f"{name} has no alias {alias}.", near=nearest_words(alias, state.alias_tags))
         current = current_version(state, alias)
         check_expected(name, alias, expected, current)
-        if _write(state, LoggedMove(alias=alias, version=None, previous=current, by=by, at=now())):
+        if _write(state, new_move(state, alias, None, by)):
             client.delete_tag(name, alias)
             return AliasMove(alias, current, None)
     raise busy(name)
@@ -222,5 +237,5 @@ def current_version(state: RepositoryState, alias: str) -> int | None:
         return None
     try:
         return version_of_commit(state, commit)
-    except (NotFound, Rejected):
+    except (Corrupted, NotFound, Rejected):
         return None

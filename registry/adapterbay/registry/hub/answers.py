@@ -12,13 +12,14 @@ from adapterbay.registry.digest import parse_json_object
 from adapterbay.registry.errors import NotFound, Rejected
 from adapterbay.registry.hub.aliases import current_versions
 from adapterbay.registry.hub.client import Commit, HubClient, Repository
-from adapterbay.registry.hub.fetch import holds_adapter, manifest_of, own_manifest
+from adapterbay.registry.hub.fetch import manifest_of, own_manifest
+from adapterbay.registry.hub.ledger import LoggedMove
 from adapterbay.registry.hub.names import MAIN
 from adapterbay.registry.hub.repository import RepositoryState
 from adapterbay.registry.hub.resolution import of_version
 from adapterbay.registry.manifest import CONFIG_FILE
 from adapterbay.registry.metrics import metrics_of
-from adapterbay.registry.portable import LEDGER_PATH, MAX_DOCUMENT_BYTES, SIGNATURE_PATH
+from adapterbay.registry.portable import MAX_DOCUMENT_BYTES, SIGNATURE_PATH
 from adapterbay.registry.views import AdapterSummary, RegistryEvent, VersionRecord
 
 UNKNOWN: Final = ""
@@ -68,9 +69,7 @@ def commit_of(state: RepositoryState, sha: str) -> Commit:
 
 
 def summary(client: HubClient, repository: Repository) -> AdapterSummary | None:
-    """An adapter in a listing; None for a repository that holds none."""
-    if not (LEDGER_PATH in repository.files or holds_adapter(repository.files)):
-        return None
+    """An adapter in a listing; None for a repository without a version. Raises Corrupted or Rejected."""
     state = RepositoryState.read(client, repository.name)
     numbers = state.numbers()
     if not numbers:
@@ -121,31 +120,37 @@ def _config(state: RepositoryState) -> dict[str, Any]:
 
 def events(state: RepositoryState) -> list[RegistryEvent]:
     """Pushes, by the commits of the versions; moves of aliases, by the log. The oldest first, counted from 1."""
-    happened: list[tuple[datetime, RegistryEvent]] = []
+    happened: list[RegistryEvent] = []
+    digests: dict[int, str] = {}
+    moves = list(state.alias_log)
     for version in state.numbers():
+        while moves and moves[0].newest < version:
+            happened.append(_moved(state.name, moves.pop(0), digests))
         found = of_version(state, version)
         commit = commit_of(state, found.commit)
-        pushed = RegistryEvent(0, "pushed", state.name, version, found.digest, None, None, commit.at, commit.author)
-        happened.append((commit.at, pushed))
-    pushes = {event.version: event for _, event in happened}
-    last = datetime.fromtimestamp(0, UTC)
-    for move in state.alias_log:
-        subject = move.version if move.version is not None else (move.previous or 0)
-        push = pushes.get(subject)
-        # The line is older than the commit that brings it, and clocks differ: no alias points at what is not there.
-        last = max(last, datetime.fromisoformat(move.at).astimezone(UTC), push.at if push else last)
-        event = RegistryEvent(
-            sequence=0,
-            kind="alias_removed" if move.version is None else "alias_set",
-            name=state.name,
-            version=subject,
-            digest=push.digest if push else UNKNOWN,
-            alias=move.alias,
-            previous_version=move.previous,
-            at=last,
-            by=move.by,
-            detail={"rollback": True} if move.rollback else {},
+        digests[version] = found.digest
+        happened.append(
+            RegistryEvent(0, "pushed", state.name, version, found.digest, None, None, commit.at, commit.author)
         )
-        happened.append((last, event))
-    ordered = sorted(happened, key=lambda each: each[0])
-    return [replace(event, sequence=sequence) for sequence, (_, event) in enumerate(ordered, 1)]
+    happened += [_moved(state.name, move, digests) for move in moves]
+    last = datetime.fromtimestamp(0, UTC)
+    for index, event in enumerate(happened):
+        last = max(last, event.at)  # commits have whole seconds, and clocks differ
+        happened[index] = replace(event, sequence=index + 1, at=last)
+    return happened
+
+
+def _moved(name: str, move: LoggedMove, digests: Mapping[int, str]) -> RegistryEvent:
+    subject = move.version if move.version is not None else (move.previous or 0)
+    return RegistryEvent(
+        sequence=0,
+        kind="alias_removed" if move.version is None else "alias_set",
+        name=name,
+        version=subject,
+        digest=digests.get(subject, UNKNOWN),
+        alias=move.alias,
+        previous_version=move.previous,
+        at=datetime.fromisoformat(move.at).astimezone(UTC),
+        by=move.by,
+        detail={"rollback": True} if move.rollback else {},
+    )

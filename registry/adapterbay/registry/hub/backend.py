@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,18 +11,18 @@ from typing import Final
 from adapterbay.registry.actor import actor, plain
 from adapterbay.registry.admission.candidate import Wishes, as_labels
 from adapterbay.registry.base import BaseReference
-from adapterbay.registry.errors import Corrupted, InvalidReference, Unavailable
+from adapterbay.registry.errors import Corrupted, InvalidReference, Rejected, Unavailable
 from adapterbay.registry.hub import aliases as moves
 from adapterbay.registry.hub.answers import events, record, records, summary
 from adapterbay.registry.hub.checks import Verification
 from adapterbay.registry.hub.client import HubClient, Repository
-from adapterbay.registry.hub.fetch import fetch_snapshot
+from adapterbay.registry.hub.fetch import fetch_snapshot, holds_adapter
 from adapterbay.registry.hub.names import Namespace, check_hub_alias
 from adapterbay.registry.hub.push import prepared, push
 from adapterbay.registry.hub.repository import RepositoryState
 from adapterbay.registry.hub.resolution import Found, find, note
 from adapterbay.registry.manifest import Manifest
-from adapterbay.registry.portable import write_folder
+from adapterbay.registry.portable import LEDGER_PATH, write_folder
 from adapterbay.registry.reference import HubReference, check_alias
 from adapterbay.registry.views import (
     ANY,
@@ -37,6 +38,8 @@ from adapterbay.registry.views import (
 )
 
 LISTED_AT_ONCE: Final = 8
+
+_log = logging.getLogger(__name__)
 
 
 class HubRegistry:
@@ -196,17 +199,28 @@ class HubRegistry:
         Of one pushed with plain PEFT only what its adapter_config.json says is known: its digest and the fingerprint of
         its base are empty here.
         """
-        self._online("the list of repositories")
-        wanted = [each for each in self.client.repositories(self.namespace.org) if self._is_listed(each, prefix)]
         with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
-            found = pool.map(lambda repository: summary(self.client, repository), wanted)
-            return sorted((each for each in found if each is not None), key=lambda each: each.name)
+            found = pool.map(self._summary, self._repositories(prefix))
+            return [each for each in found if each is not None]
 
-    def _is_listed(self, repository: Repository, prefix: str) -> bool:
-        org, _, repo = repository.name.partition("/")
-        if org != self.namespace.org or self.namespace.repo not in (None, repo):
-            return False
-        return repository.name.startswith(prefix) or repo.startswith(prefix)
+    def _summary(self, repository: Repository) -> AdapterSummary | None:
+        try:
+            return summary(self.client, repository)
+        except (Corrupted, Rejected) as error:
+            _log.warning("%s is left out of the list: %s", repository.name, error.message)
+            return None
+
+    def _repositories(self, prefix: str) -> list[Repository]:
+        """Those that hold an adapter, by name."""
+        self._online("the list of repositories")
+        found = []
+        for each in self.client.repositories(self.namespace.org):
+            org, _, repo = each.name.partition("/")
+            ours = org == self.namespace.org and self.namespace.repo in (None, repo)
+            named = each.name.startswith(prefix) or repo.startswith(prefix)
+            if ours and named and (LEDGER_PATH in each.files or holds_adapter(each.files)):
+                found.append(each)
+        return sorted(found, key=lambda each: each.name)
 
     def aliases(self, name: str) -> dict[str, int]:
         """The aliases of an adapter and the versions they point at. Raises NotFound."""
@@ -233,7 +247,7 @@ class HubRegistry:
         if name is not None:
             yield self._state(name)
             return
-        for found in self.adapters():
+        for found in self._repositories(""):
             yield RepositoryState.read(self.client, found.name)
 
     def _state(self, name: str) -> RepositoryState:

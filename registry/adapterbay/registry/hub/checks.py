@@ -37,6 +37,8 @@ class Verification:
                 version_of_commit(state, state.head)
             except (NotFound, Rejected) as error:
                 self.problems.append(Problem("record", f"{state.name}@main", error.message))
+            except Corrupted:
+                pass  # a tag that was moved: said with its version
         for alias in sorted({*state.alias_tags, *(move.alias for move in state.alias_log)}):
             self._alias(state, alias)
 

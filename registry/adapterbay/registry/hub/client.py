@@ -141,6 +141,11 @@ class HubClient:
         self._trees[name, commit] = found
         return found
 
+    def has_file(self, name: str, commit: str, path: str) -> bool:
+        """Whether a commit has a file now, whatever the cache remembers."""
+        with hub_errors(f"{path} of {name} at {commit}"):
+            return self._api.file_exists(name, path, revision=commit)
+
     def fetch(self, name: str, commit: str, path: str, *, again: bool = False) -> Path:
         """A file of a commit, from the cache or by request. `again` replaces a damaged file of the cache.
 

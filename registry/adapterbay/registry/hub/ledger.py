@@ -77,13 +77,17 @@ class Ledger(BaseModel):
 
 
 class LoggedMove(BaseModel):
-    """A move of an alias as it was decided; `at` is RFC 3339 in UTC. None: not set before, or removed."""
+    """A move of an alias as it was decided; `at` is RFC 3339. None: not set before, or removed.
+
+    `newest` is the newest version at that time: commits have whole seconds, so times do not tell what came first.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     alias: str
     version: int | None
     previous: int | None
+    newest: int
     by: str
     at: Annotated[str, AfterValidator(_time)]
     rollback: bool = False

@@ -21,10 +21,10 @@ from adapterbay.registry.admission.candidate import Candidate, Wishes, examine
 from adapterbay.registry.admission.folder import STORED_FILES, read_folder
 from adapterbay.registry.card import render_card
 from adapterbay.registry.errors import AdapterbayError, Conflict, NotFound, Rejected, Unavailable
-from adapterbay.registry.hub.aliases import attempts, busy, current_version, is_moving, move_tag, now
+from adapterbay.registry.hub.aliases import attempts, busy, is_moving, move_tag, new_move
 from adapterbay.registry.hub.client import HubClient, RemoteFile
 from adapterbay.registry.hub.fetch import own_manifest
-from adapterbay.registry.hub.ledger import ALIAS_LOG_PATH, Ledger, LedgerEntry, LoggedMove, alias_log_bytes
+from adapterbay.registry.hub.ledger import ALIAS_LOG_PATH, Ledger, LedgerEntry, alias_log_bytes
 from adapterbay.registry.hub.names import tagged_version, version_tag
 from adapterbay.registry.hub.repository import RepositoryState
 from adapterbay.registry.local.blobs import BlobStore, Staged
@@ -183,10 +183,7 @@ def _contents(
     if folder.signature is not None:
         add[SIGNATURE_PATH] = folder.signature
     add[LEDGER_PATH] = _ledger(state, version, manifest.digest).to_bytes()
-    moves = [
-        LoggedMove(alias=alias, version=version, previous=current_version(state, alias), by=by, at=now())
-        for alias in aliases
-    ]
+    moves = [new_move(state, alias, version, by, newest=version) for alias in aliases]
     if moves:
         add[ALIAS_LOG_PATH] = alias_log_bytes([*state.alias_log, *moves])
     return add

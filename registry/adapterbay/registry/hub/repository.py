@@ -11,6 +11,7 @@ So every commit of main has one number, and the newest version is main itself.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from adapterbay.registry.hub.ledger import (
 )
 from adapterbay.registry.hub.names import check_hub_alias, tagged_version, version_tag
 from adapterbay.registry.nearest import nearest_numbers
-from adapterbay.registry.portable import LEDGER_PATH
+from adapterbay.registry.portable import LEDGER_PATH, MANIFEST_PATH
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,19 @@ class RepositoryState:
         """The entry of a version in the ledger."""
         return next((entry for entry in self.entries if entry.version == version), None)
 
+    @functools.cached_property
+    def deleted(self) -> frozenset[int]:
+        """Versions of the ledger whose tag and manifest are both gone. (Without its tag alone, it lacks a tag.)"""
+        untagged = [entry for entry in self.entries if entry.version not in self.version_tags]
+        return frozenset(
+            entry.version
+            for entry in untagged
+            if not self.client.has_file(self.name, self._commit_in_ledger(entry, None), MANIFEST_PATH)
+        )
+
     def numbers(self) -> list[int]:
         """All versions, the oldest first. Of a repository without a ledger: tags `vN`, and main."""
-        found = {*self.version_tags, *(entry.version for entry in self.entries)}
+        found = {*self.version_tags, *(entry.version for entry in self.entries)} - self.deleted
         if self.ledger is None and self.head is not None and holds_adapter(self.client.files(self.name, self.head)):
             found.add(self.number_of_commit(self.head))
         return sorted(found)
@@ -114,6 +125,8 @@ class RepositoryState:
         """The commit of a version. Raises NotFound, or Corrupted if its tag was moved to another commit."""
         tagged = self.version_tags.get(version)
         entry = self.entry(version)
+        if version in self.deleted:
+            raise NotFound(f"The version {version} of {self.name} was deleted.")
         if entry is not None:
             commit = self._commit_in_ledger(entry, tagged)
             if tagged in (None, commit):
@@ -161,10 +174,13 @@ class RepositoryState:
 
     def number_of_commit(self, commit: str) -> int:
         """The version that a commit is. Raises NotFound for a commit that is none."""
-        found = [version for version, sha in self.version_tags.items() if sha == commit]
-        found += [entry.version for entry in self.entries if entry.commit == commit]
-        if found:
-            return max(found)
+        listed = [entry.version for entry in self.entries if entry.commit == commit]
+        if listed:
+            return listed[-1]
+        for version, sha in reversed(self.version_tags.items()):
+            with contextlib.suppress(Corrupted):  # a tag that was moved here
+                if sha == commit and self.commit_of(version) == commit:
+                    return version
         if self.ledger is None:
             place = self.positions.get(commit)
             if place is None:
@@ -202,7 +218,11 @@ def version_of_commit(state: RepositoryState, commit: str) -> int:
         if state.ledger is None:
             raise
     manifest = own_manifest(state.client, state.name, commit)
-    same = [] if manifest is None else [entry.version for entry in state.entries if entry.digest == manifest.digest]
+    same = [
+        entry.version
+        for entry in state.entries
+        if manifest is not None and entry.digest == manifest.digest and entry.version not in state.deleted
+    ]
     if manifest is None or not same:
         known = ", ".join(f"{state.name}@{number}" for number in state.numbers()[-3:])
         raise NotFound(f"The commit {commit} is no version of {state.name}: ask for a version ({known}).")

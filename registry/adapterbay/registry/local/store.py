@@ -12,6 +12,7 @@ committed state.
 from __future__ import annotations
 
 import copy
+import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from adapterbay.registry.actor import actor, plain
 from adapterbay.registry.admission import Limits
 from adapterbay.registry.admission.candidate import Wishes, as_labels, examine
 from adapterbay.registry.admission.folder import PeftFolder, from_files, read_folder
+from adapterbay.registry.admission.regular_file import open_regular
 from adapterbay.registry.base import BaseFiles, BaseReference, locate
 from adapterbay.registry.digest import canonical_json, parse_json_object
 from adapterbay.registry.errors import RegistryNotFound, Rejected, Unavailable
@@ -233,7 +235,8 @@ class Registry(Lifecycle):
     def _check_size(self, files: Mapping[str, Path]) -> None:
         for path, real in files.items():
             limit = self.limits.weights_bytes if path.endswith(".safetensors") else self.limits.document_bytes
-            size = real.stat().st_size
+            with open_regular(real, path) as file:
+                size = file.seek(0, io.SEEK_END)
             if size > limit:
                 raise Rejected(f"{path} has {size} bytes, over the limit of {limit}.", reason="TOO_LARGE")
 

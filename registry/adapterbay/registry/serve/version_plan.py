@@ -151,10 +151,23 @@ def _claimed(proposal: Proposal) -> Manifest | None:
             raise mismatch(f"{SIGNATURE_PATH} signs a manifest that is not there")
         return None
     manifest = Manifest.from_bytes(proposal.read(MANIFEST_PATH))
+    problem = _contradiction(manifest, proposal.tree)
+    if problem is None:
+        return manifest
+    if proposal.brings(MANIFEST_PATH):
+        raise mismatch(problem)
+    return None
+
+
+def _contradiction(manifest: Manifest, tree: Mapping[str, Entry]) -> str | None:
+    """What the manifest says otherwise than the tree."""
+    named = {entry.path for entry in manifest.files}
     for entry in manifest.files:
         places = [entry.path] if entry.path != README_FILE else [OWN_README_PATH, README_FILE]
-        if all(proposal.tree.get(place) != (entry.digest, entry.size) for place in places):
-            if proposal.brings(MANIFEST_PATH):
-                raise mismatch(f"it names {entry.path} as {entry.digest}, which is not in the commit")
-            return None
-    return manifest
+        if all(tree.get(place) != (entry.digest, entry.size) for place in places):
+            return f"it names {entry.path} as {entry.digest}, which is not in the commit"
+    for path in STORED_FILES:
+        place = path if path != README_FILE else OWN_README_PATH
+        if place in tree and path not in named:
+            return f"it does not name {place}"
+    return None

@@ -134,7 +134,7 @@ async def preupload(request: Request) -> Response:
     """How each file is to be sent: inside the commit, by LFS, or not at all; what is refused is refused now."""
     server, name = of(request), parameter(request, "repo")
     server.gate.writer(request, name)
-    _only_main(request)
+    _only_main(request, name)
     files = (await _json(request, server)).get("files")
     if not isinstance(files, list) or not all(isinstance(each, dict) for each in files):
         raise Refusal(400, "The list of files is missing.", reason="BAD_REQUEST")
@@ -208,7 +208,7 @@ async def commit(request: Request) -> Response:
     """`create_commit`: the operations of a streamed body, on the head, all or none."""
     server, name = of(request), parameter(request, "repo")
     caller = server.gate.writer(request, name)
-    _only_main(request)
+    _only_main(request, name)
     repositories, sizes = server.repositories, server.settings.sizes
     await run_in_threadpool(repositories.head, name)  # 404 before the body is taken in
     limit = int(sizes.commit_bytes * BASE64_GROWTH) + sizes.files * sizes.line_bytes
@@ -242,7 +242,13 @@ def may_use(server: Server, caller: Caller, name: str, digest: str) -> bool:
     return server.repositories.log.mentions(name, digest)
 
 
-def _only_main(request: Request) -> None:
+def _only_main(request: Request, name: str) -> None:
+    if "/" not in name:
+        raise Refusal(
+            400,
+            f"{name[:96]!r} can be read, but not committed to: the Hub's clients commit to TEAM/NAME only.",
+            reason="BAD_NAME",
+        )
     revision = parameter(request, "revision").removeprefix("refs/heads/")
     if flag(request, "create_pr") or revision.startswith("refs/pr/"):
         raise not_implemented("a pull request is", "Commit to main.")
