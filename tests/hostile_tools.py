@@ -21,6 +21,7 @@ from adapterbay.registry.admission.folder import read_folder
 from adapterbay.registry.digest import digest_file
 from adapterbay.registry.errors import AdapterbayError, Rejected
 from adapterbay.registry.local.blobs import Staged
+from adapterbay.registry.manifest import is_plain
 
 FACTOR = float(os.environ.get("ADAPTERBAY_FUZZ", "0"))
 """Set it to fuzz at random, with so many times the examples; unset, the examples are always the same."""
@@ -67,7 +68,7 @@ def refused(reason: str, call: Callable[[], Any]) -> Rejected:
 def checked(error: AdapterbayError) -> None:
     """An error is one readable piece of text, however hostile what it speaks of."""
     assert 20 < len(error.message) < 5000
-    assert all(character.isprintable() for character in error.message), error.message
+    assert is_plain(error.message), error.message
     assert all(len(value) < 3000 for value in error.metadata.values())
 
 

@@ -34,12 +34,15 @@ MAY_IMPORT = {
 
 LIGHT = {"numpy", "pydantic", "rich", "safetensors", "typer", "huggingface_hub", "grpc", "grpc_status", "google"}
 LIGHT |= {"yaml"}
+REGISTRY_EXTRAS = {"starlette", "uvicorn", "anyio", "model_signing", "cryptography", "modelscope_hub"}
+"""What `registry serve`, `registry sign` and modelscope: need, imported only where they are used."""
 HEAVY = {"torch", "accelerate", "bitsandbytes", "gguf", "peft", "transformers"}
 HEAVY |= {"datasets", "matplotlib", "pandas", "pyarrow", "statsmodels", "scipy", "grpc_health", "grpc_reflection"}
+HEAVY |= REGISTRY_EXTRAS - {"anyio"}  # which huggingface_hub needs, too
 """What the extras bring."""
 OUTSIDE = {
     "client": {"grpc", "grpc_status", "google"},
-    "registry": LIGHT,
+    "registry": LIGHT | REGISTRY_EXTRAS,
     "cli": LIGHT,
     "v1": {"grpc", "google", "typing_extensions"},
 }

@@ -8,11 +8,21 @@ from pathlib import Path
 
 import pytest
 from registry_tools import Draft, Tiny, tree
+from signing_tools import make_keys
 
 from adapterbay.registry import Registry
-from adapterbay.registry.errors import Conflict, InvalidArgument, NotFound, PromotionRefused, Rejected, StaleAlias
+from adapterbay.registry.errors import (
+    Conflict,
+    InvalidArgument,
+    NotFound,
+    PromotionRefused,
+    Rejected,
+    StaleAlias,
+    Untrusted,
+)
 from adapterbay.registry.gate import Comparison, Guard
 from adapterbay.registry.local.commit import Force
+from adapterbay.registry.signing import sign
 from adapterbay.registry.views import Listing, MetricBound
 
 DraftOf = Callable[[Tiny], Draft]
@@ -292,16 +302,22 @@ def test_guards_that_make_no_sense(trained: Trained, registry: Registry) -> None
 def test_signatures_are_kept_with_the_digest(trained: Trained, registry: Registry, tmp_path: Path) -> None:
     receipt = registry.push(trained(), "x")
     assert registry.signature(receipt.digest) is None
+    keys = make_keys(tmp_path, "release")
+    bundle = sign(registry.snapshot("x"), keys.private)
     registry.attach_signature("x", 1, b"one", key="sha256:k")
-    registry.attach_signature("x", 1, b"two", key="sha256:k")
-    assert registry.signature(receipt.digest) == b"two"
+    registry.attach_signature("x", 1, bundle, key=keys.fingerprint)
+    assert registry.signature(receipt.digest) == bundle
     assert registry.version("x", 1).signed
-    assert registry.snapshot("x").signature == b"two"
+    assert registry.snapshot("x").signature == bundle
     pulled = registry.pull("x", tmp_path / "pulled")
-    assert (pulled / "adapterbay" / "model.sig").read_bytes() == b"two"
+    assert (pulled / "adapterbay" / "model.sig").read_bytes() == bundle
     other = Registry.open(tmp_path / "other")
     assert other.push(pulled, "y").digest == receipt.digest
-    assert other.signature(receipt.digest) == b"two"
+    assert other.signature(receipt.digest) == bundle
+    assert other.history("y")[-1].detail["key"] == keys.fingerprint
+    (pulled / "adapterbay" / "model.sig").write_bytes(b"no bundle")
+    with pytest.raises(Untrusted):
+        other.push(pulled, "y")
 
 
 def test_a_pulled_folder_is_the_same_version_again(trained: Trained, registry: Registry, tmp_path: Path) -> None:

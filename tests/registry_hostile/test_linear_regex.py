@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hostile_tools import fuzz
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adapterbay.registry.admission.linear_regex import LinearPattern, UnusablePattern
@@ -57,7 +58,7 @@ patterns = st.recursive(
 texts = st.text(alphabet="ab1._-{}x", min_size=1, max_size=8)
 
 
-@settings(max_examples=400)
+@fuzz(400)
 @given(patterns, st.lists(texts, min_size=1, max_size=5))
 def test_the_answers_of_re(pattern: str, names: list[str]) -> None:
     try:
@@ -74,7 +75,7 @@ def test_the_answers_of_re(pattern: str, names: list[str]) -> None:
         assert ours.fullmatch(name) == (theirs.fullmatch(name) is not None), (pattern, name)
 
 
-@settings(max_examples=300)
+@fuzz(300)
 @given(st.text(max_size=30))
 def test_any_text_compiles_or_is_refused(pattern: str) -> None:
     try:

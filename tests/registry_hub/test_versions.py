@@ -101,6 +101,25 @@ def test_nothing_is_sent_before_admission(plain: PlainHub, registry: HubRegistry
     assert plain.requests == []
 
 
+def test_a_base_on_the_hub_is_pinned(plain: PlainHub, base_folder: Path, content: Content, tmp_path: Path) -> None:
+    HfApi(endpoint=plain.endpoint, token=False).create_repo("base/llama")
+    base = plain.repos["base/llama"]
+    commit = base.add({path.name: path.read_bytes() for path in base_folder.iterdir()}, "the base")
+    code = """
+import sys
+from adapterbay.registry.hub.backend import HubRegistry
+registry = HubRegistry("hub:team")
+print(registry.push(sys.argv[1], "tales", base="hub:base/llama").manifest.base_reference)
+print(registry.version("tales", 1).base_reference)
+"""
+    command = [sys.executable, "-c", code, str(content(1))]
+    env = environment(tmp_path / "home", plain.endpoint)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [f"hub:base/llama@{commit}"] * 2
+    assert b"base_model: base/llama" in plain.repos[NAME].head.tree["README.md"]
+
+
 # Disturbed pushes
 
 

@@ -54,7 +54,7 @@ def test_without_a_token(filled: Hub) -> None:
     assert "HF_ENDPOINT=" + filled.url in client.get(filled.url).text
 
 
-@pytest.mark.parametrize("header", ["Bearer abt_wrong", "Bearer ", "Basic YTpi", "abt_wrong", "Bearer \u00e9"])
+@pytest.mark.parametrize("header", ["Bearer abt_wrong", "Bearer", "Basic YTpi", "abt_wrong", "Bearer \u00e9"])
 def test_a_wrong_token_is_refused_everywhere(filled: Hub, header: str) -> None:
     answer = get_session().get(f"{filled.url}/api/whoami-v2", headers={"authorization": header.encode("latin-1")})
     assert answer.status_code == 401
@@ -80,8 +80,6 @@ def test_scopes(filled: Hub) -> None:
         assert status(refused) == 403
     writer = filled.api("writer", "write")
     writer.auth_check("team/x", write=True)
-    # A reader of what is there does not fail over exist_ok.
-    assert reader.create_repo("team/x", exist_ok=True) == f"{filled.url}/team/x"
 
 
 def test_tokens_for_some_names_only(filled: Hub) -> None:
@@ -158,7 +156,7 @@ def test_mistakes_with_tokens(tmp_path: Path) -> None:
     _, text = tokens.create("ci", "read")
     with pytest.raises(InvalidArgument, match="There is a token named ci"):
         tokens.create("ci", "write")
-    with pytest.raises(InvalidArgument, match="The scope 'admin' is not read or write"):
+    with pytest.raises(InvalidArgument, match="The scope 'admin' is not one of read, write"):
         tokens.create("b", "admin")
     for name in ("", "a/b", "Über", "a b", "../x"):
         with pytest.raises(InvalidArgument, match="does not name a token"):

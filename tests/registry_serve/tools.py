@@ -17,8 +17,10 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from adapterbay.registry.serve.tokens import TokenFile
+
 REGISTRY = (
-    "from adapterbay.registry.cli import serving\n"
+    "from adapterbay.registry.cli import serving, versions\n"
     "from adapterbay.registry.cli.common import app\n"
     "app(prog_name='registry')\n"
 )
@@ -106,10 +108,7 @@ class Hub:
     def token(self, name: str, scope: str = "write", only: str | None = None) -> str:
         """The token of this name, made the first time."""
         if name not in self.tokens:
-            limits = ["--only", only] if only else []
-            self.tokens[name] = run_registry(
-                "token", "create", name, "--scope", scope, *limits, "--registry", self.store
-            )
+            _, self.tokens[name] = TokenFile(self.store / "tokens.json").create(name, scope, only)
         return self.tokens[name]
 
     def api(self, name: str = "alice", scope: str = "write", only: str | None = None) -> HfApi:

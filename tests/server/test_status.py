@@ -25,6 +25,8 @@ EXPECTED = {
     "Corrupted": grpc.StatusCode.FAILED_PRECONDITION,
     "Untrusted": grpc.StatusCode.FAILED_PRECONDITION,
     "StaleAlias": grpc.StatusCode.ABORTED,
+    "Conflict": grpc.StatusCode.ABORTED,
+    "PromotionRefused": grpc.StatusCode.FAILED_PRECONDITION,
     "QueueFull": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "DeadlineExceeded": grpc.StatusCode.DEADLINE_EXCEEDED,
     "Cancelled": grpc.StatusCode.CANCELLED,
@@ -52,6 +54,7 @@ def example(kind: type[AdapterbayError]) -> AdapterbayError:
         "BaseMismatch": {"expected": "sha256:aa", "actual": "sha256:bb"},
         "QueueFull": {"retry_after_seconds": 1.25},
         "NotFound": {"near": ["sentiment"]},
+        "PromotionRefused": {"unmet": ["accuracy must be at least 0.8, and is 0.7"]},
         "InvalidArgument": {"field": "sampling.top_p"},
     }.get(kind.__name__, {})  # type: ignore[assignment]
     return kind("What went wrong.", **extra)  # type: ignore[arg-type]

@@ -213,7 +213,7 @@ def _config(fused: Any, parts: Sequence[_Adapter], tensors: Mapping[str, Tensor]
         "revision": first.get("revision"),
         "task_type": first.get("task_type"),
         "modules_to_save": first.get("modules_to_save"),
-        "use_rslora": fused.use_rslora,
+        "use_rslora": False,
         "lora_alpha": fused.r,
         "rank_pattern": odd,
         "alpha_pattern": odd,

@@ -27,7 +27,7 @@ _CLASSES: Final = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "feature-extraction": "AutoModel",
 }
-_NOT_SETTINGS: Final = frozenset({"output", "overwrite", "threads"})
+NOT_SETTINGS: Final = frozenset({"output", "overwrite", "threads"})
 """Settings that say where a run was, not what it computed."""
 
 
@@ -212,7 +212,7 @@ def _settings_section(training: Mapping[str, Any]) -> list[str]:
     settings = training.get("settings")
     if not isinstance(settings, Mapping):
         return []
-    kept = {key: value for key, value in settings.items() if key not in _NOT_SETTINGS}
+    kept = {key: value for key, value in settings.items() if key not in NOT_SETTINGS}
     rows = [(escaped(key), escaped(value)) for key, value in flattened(kept)]
     if not rows:
         return []

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
+from adapterbay.registry.card_text import NOT_SETTINGS
 from adapterbay.registry.low_rank import Checkpoint, LowRank, distance, inner, modules_in_both, norm
 from adapterbay.registry.manifest import WEIGHTS_FILE, Manifest
 from adapterbay.registry.views import Snapshot
@@ -108,16 +109,13 @@ def diff_versions(a: Snapshot, b: Snapshot) -> VersionDiff:
     left, right = (Checkpoint.open(side.files[WEIGHTS_FILE], side.manifest.peft_config) for side in (a, b))
     modules, odd_modules = _module_distances(left, right)
     heads, odd_heads = _head_distances(left, right)
-    training_a, training_b = (
-        {key: value for key, value in (side.manifest.training or {}).items() if key not in _LEFT_OUT} for side in (a, b)
-    )
     return VersionDiff(
         a=a.manifest.digest,
         b=b.manifest.digest,
         same_base=a.manifest.base_fingerprint == b.manifest.base_fingerprint,
         facts=changes(_facts(a.manifest), _facts(b.manifest)),
         config=changes(a.manifest.peft_config, b.manifest.peft_config),
-        training=changes(training_a, training_b),
+        training=changes(_asked(a.manifest), _asked(b.manifest)),
         metrics=_metric_changes(a.manifest, b.manifest),
         modules=_sorted(modules),
         heads=_sorted(heads),
@@ -168,6 +166,15 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "libraries": manifest.library_versions,
         "parents": {str(index): parent for index, parent in enumerate(manifest.parents)},
     }
+
+
+def _asked(manifest: Manifest) -> dict[str, Any]:
+    """What was asked of the training: its record without results, and without where on a machine it ran."""
+    kept = {key: value for key, value in (manifest.training or {}).items() if key not in _LEFT_OUT}
+    settings = kept.get("settings")
+    if isinstance(settings, Mapping):
+        kept["settings"] = {key: value for key, value in settings.items() if key not in NOT_SETTINGS}
+    return kept
 
 
 def _metric_changes(a: Manifest, b: Manifest) -> tuple[MetricChange, ...]:

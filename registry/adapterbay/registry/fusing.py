@@ -233,8 +233,6 @@ def fuse_versions(
             name,
             aliases=aliases,
             base=base,
-            task=first.task,
-            labels=first.labels or None,
             parents=[part.resolved.digest for part in parts],
         )
 

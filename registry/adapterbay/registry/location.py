@@ -125,11 +125,14 @@ def open_registry(place: str | Path | None, *, create: bool) -> Backend:
     named = named_registries()
     chosen = named.get(place)
     if chosen is None:
-        if not create and _NAME.fullmatch(place) and not Path(place).exists():
-            raise RegistryNotFound(
-                f"There is no registry {place}: neither a folder here nor a name in {config_path()}.",
-                near=nearest_words(place, named),
-            )
+        if _NAME.fullmatch(place) and not Path(place).exists():
+            near = nearest_words(place, named)
+            if near or not create:  # a slip of the pen makes no folder
+                raise RegistryNotFound(
+                    f"There is no registry {place}: neither a folder here nor a name in {config_path()}. For a new "
+                    f"folder write ./{place}.",
+                    near=near,
+                )
         return Registry.open(place, create=create)
     if Path(place).exists():
         raise InvalidArgument(

@@ -44,6 +44,11 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
     check_fields(config)
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         _names(config, key)
+    _check_targets(config)
+    if config.get("bias", "none") is None:
+        _refuse("bias", None, "'none'")
+    if not 0 <= config.get("lora_dropout", 0) <= 1:
+        _refuse("lora_dropout", config["lora_dropout"], "a number between 0 and 1")
     layers = config.get("layers_to_transform")
     if layers is not None and not (_is_int(layers) or (isinstance(layers, list) and all(map(_is_int, layers)))):
         _refuse("layers_to_transform", layers, "a number or a list of numbers")
@@ -64,9 +69,22 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
     )
 
 
+def _check_targets(config: Mapping[str, Any]) -> None:
+    """What PEFT would take from its own defaults, or not load at all."""
+    target = config.get("target_modules")
+    if target is None:
+        _refuse("target_modules", None, "a list of names or a pattern, as save_pretrained writes it")
+    for key in ("layers_to_transform", "layers_pattern"):
+        if isinstance(target, str) and config.get(key) is not None:
+            _refuse(key, config[key], "null, since target_modules is a pattern")
+    if config.get("layers_pattern") and config.get("layers_to_transform") is None:
+        _refuse("layers_pattern", config["layers_pattern"], "null, since there is no layers_to_transform")
+    if isinstance(config.get("modules_to_save"), str):
+        _refuse("modules_to_save", config["modules_to_save"], "a list of names")
+
+
 def _check_heads(config: Mapping[str, Any]) -> None:
-    saved = config.get("modules_to_save") or []
-    others = sorted(set([saved] if isinstance(saved, str) else saved) - set(HEAD_MODULES))
+    others = sorted(set(config.get("modules_to_save") or []) - set(HEAD_MODULES))
     if others:
         raise UnsupportedMethod(
             f"modules_to_save={', '.join(others)[:100]} is not served yet: only a head of one linear layer "
@@ -84,9 +102,7 @@ def _names(config: Mapping[str, Any], key: str) -> None:
 
 
 def _pattern(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = config.get(key)
-    if value is None:
-        return {}
+    value = config.get(key, {})
     if not isinstance(value, dict):
         _refuse(key, value, "a mapping of modules to numbers")
     return value

@@ -86,12 +86,11 @@ class Targets:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._excluded = _named(config.get("exclude_modules") or [])
         target: Any = config.get("target_modules")
-        self._everything = target is None or target == "all-linear"
-        self._targeted = _named([] if self._everything else target)
+        self._everything = target == "all-linear"
+        self._targeted = _named([] if self._everything else target or [])
         self._by_layer = isinstance(target, list)
         self._direct = frozenset(target) if isinstance(target, list) else frozenset()
-        saved = config.get("modules_to_save") or []
-        self._saved = frozenset([saved] if isinstance(saved, str) else saved)
+        self._saved = frozenset(config.get("modules_to_save") or [])
         layers = config.get("layers_to_transform")
         self._layers = frozenset([layers] if isinstance(layers, int) else layers or [])
         patterns = config.get("layers_pattern") or []

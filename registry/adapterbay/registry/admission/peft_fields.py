@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Final
 
 from adapterbay.registry.errors import Rejected, UnsupportedMethod
@@ -27,59 +28,74 @@ class Treatment(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """`why` is one line for people; `off` are the values, besides null, at which a REFUSED field changes nothing."""
+    """`why` is one line for people; `off` are the values, besides null, at which a REFUSED field changes nothing.
+
+    `kinds` are the types that PEFT can load, if they are not checked elsewhere; null is one if it is named.
+    """
 
     treatment: Treatment
     why: str
     off: tuple[Any, ...] = ()
+    kinds: tuple[type, ...] = ()
 
 
-def _supported(why: str) -> Field:
-    return Field(Treatment.SUPPORTED, why)
+def _supported(why: str, *kinds: type) -> Field:
+    return Field(Treatment.SUPPORTED, why, kinds=kinds)
 
 
-def _harmless(why: str) -> Field:
-    return Field(Treatment.HARMLESS, why)
+def _harmless(why: str, *kinds: type) -> Field:
+    return Field(Treatment.HARMLESS, why, kinds=kinds)
 
 
 def _refused(why: str, *off: Any) -> Field:
     return Field(Treatment.REFUSED, why, off)
 
 
+_KINDS: Final = {
+    NoneType: "null",
+    bool: "true or false",
+    dict: "an object",
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+}
+
 LORA_FIELDS: Final[Mapping[str, Field]] = {
     # every method
     "peft_type": _supported("the method"),
-    "task_type": _supported("the task, unless training.json or the caller says it"),
-    "base_model_name_or_path": _supported("the base, unless training.json or the caller says it"),
-    "revision": _supported("the revision of a base on the Hub"),
-    "auto_mapping": _supported("may say the task; AutoPeftModel imports the module it names, so only of transformers"),
-    "peft_version": _harmless("recorded in the manifest"),
-    "inference_mode": _harmless("only says whether tensors want gradients"),
+    "task_type": _supported("the task, unless training.json or the caller says it", str, NoneType),
+    "base_model_name_or_path": _supported("the base, unless training.json or the caller says it", str, NoneType),
+    "revision": _supported("the revision of a base on the Hub", str, NoneType),
+    "auto_mapping": _supported(
+        "may say the task; AutoPeftModel imports the module it names, so only of transformers", dict, NoneType
+    ),
+    "peft_version": _harmless("recorded in the manifest", str, NoneType),
+    "inference_mode": _harmless("only says whether tensors want gradients", bool, NoneType),
     # the low-rank delta
     "r": _supported("the rank; must agree with the tensors"),
     "lora_alpha": _supported("the scaling is alpha / r"),
     "use_rslora": _supported("the scaling is alpha / sqrt(r)"),
     "rank_pattern": _supported("the ranks of single modules; must agree with the tensors"),
     "alpha_pattern": _supported("the alphas of single modules"),
-    "lora_dropout": _harmless("dropout is off outside training"),
-    "fan_in_fan_out": _harmless("the layout of a weight is read from the base itself"),
+    "lora_dropout": _harmless("dropout is off outside training", int, float),
+    "fan_in_fan_out": _harmless("the layout of a weight is read from the base itself", bool, NoneType),
     # where it applies
     "target_modules": _supported("the adapted modules; must agree with the tensors"),
     "exclude_modules": _supported("modules left out; must agree with the tensors"),
     "layers_to_transform": _supported("the adapted layers; must agree with the tensors"),
     "layers_pattern": _supported("how layers are counted"),
     "modules_to_save": _supported("a task's head, whole"),
-    "ensure_weight_tying": _harmless("concerns embeddings and lm_head, which are refused as targets"),
+    "ensure_weight_tying": _harmless("concerns embeddings and lm_head, which are refused as targets", bool, NoneType),
     "target_parameters": _refused("adapts bare parameters (experts), not linear layers", []),
     "trainable_token_indices": _refused("replaces rows of the embedding", [], {}),
     "layer_replication": _refused("builds another stack of layers out of the base", []),
     # how it was initialised
     "init_lora_weights": _supported("only the ways that leave the base as it is"),
-    "eva_config": _harmless("settings of an initialisation that leaves the base as it is"),
-    "loftq_config": _harmless("settings of an initialisation; init_lora_weights decides"),
-    "corda_config": _harmless("settings of an initialisation; init_lora_weights decides"),
-    "lora_ga_config": _harmless("settings of an initialisation; init_lora_weights decides"),
-    "megatron_core": _harmless("only used together with megatron_config"),
+    "eva_config": _harmless("settings of an initialisation that leaves the base as it is", dict, NoneType),
+    "loftq_config": _harmless("settings of an initialisation; init_lora_weights decides", dict, NoneType),
+    "corda_config": _harmless("settings of an initialisation; init_lora_weights decides", dict, NoneType),
+    "lora_ga_config": _harmless("settings of an initialisation; init_lora_weights decides", dict, NoneType),
+    "megatron_core": _harmless("only used together with megatron_config", str, NoneType),
     "qalora_group_size": _harmless("only used together with use_qalora"),
     "runtime_config": _harmless("where an initialisation runs; PEFT does not save it"),
     # variants that compute something else
@@ -121,6 +137,13 @@ def check_fields(config: Mapping[str, Any]) -> None:
         )
     for key, value in config.items():
         field = LORA_FIELDS.get(key)
+        if field is not None and field.kinds and type(value) not in field.kinds:
+            wanted = " or ".join(_KINDS[kind] for kind in field.kinds)
+            raise Rejected(
+                f"adapter_config.json has {key}={str(value)[:80]}, but PEFT loads {wanted} only.",
+                reason="BAD_CONFIG",
+                metadata={"field": key},
+            )
         if field is None or field.treatment is not Treatment.REFUSED or value is None:
             continue
         # True == 1 in Python: compare the types as well.
@@ -133,12 +156,10 @@ def check_fields(config: Mapping[str, Any]) -> None:
     _check_initialisation(config.get("init_lora_weights", True))
 
 
-def _check_auto_mapping(value: Any) -> None:
+def _check_auto_mapping(value: Mapping[str, Any] | None) -> None:
     """Older PEFT imports whatever module is named here, from any place that Python looks at."""
     if value is None:
         return
-    if not isinstance(value, dict):
-        raise Rejected("adapter_config.json has an auto_mapping that is not an object.", reason="BAD_CONFIG")
     library = value.get("parent_library")
     if library is None:
         return

@@ -14,7 +14,7 @@ What this gives, and what it does not:
   lost; if between deleting and making, the Hub says so (409), and the mover here fails with StaleAlias.
 - A mover that dies after its line and before its tag leaves the tag where it was, or away: `verify` says so, and after
   SETTLE_SECONDS the next mover goes by the tag.
-- A server that moves a tag when it is made again (`registry serve`) has no moment without it.
+- `registry serve` moves a tag at one instant, by compare-and-swap: there is no moment without it, and no lost move.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Final
 from adapterbay.registry.errors import AdapterbayError, Conflict, Corrupted, NotFound, Rejected, StaleAlias
 from adapterbay.registry.hub.client import HubClient
 from adapterbay.registry.hub.ledger import ALIAS_LOG_PATH, LoggedMove, alias_log_bytes
+from adapterbay.registry.hub.names import move_message
 from adapterbay.registry.hub.repository import RepositoryState, version_of_commit
 from adapterbay.registry.nearest import nearest_words
 from adapterbay.registry.views import ANY, AliasMove, AnyVersion
@@ -108,8 +109,14 @@ def set_alias(
         check_expected(name, alias, expected, current)
         if current == version:
             return AliasMove(alias, current, version)
-        if _write(state, new_move(state, alias, version, by, rollback=rollback)):
-            move_tag(client, name, alias, commit, before=state.tags.get(alias))
+        move = new_move(state, alias, version, by, rollback=rollback)
+        if _write(state, move):
+            try:
+                move_tag(client, name, alias, commit, before=state.tags.get(alias))
+            except AdapterbayError:
+                with contextlib.suppress(AdapterbayError):  # the error to report is the first
+                    _take_back(client, name, move)
+                raise
             return AliasMove(alias, current, version)
     raise busy(name)
 
@@ -154,10 +161,11 @@ def rollback(client: HubClient, name: str, alias: str, by: str) -> AliasMove:
 def move_tag(client: HubClient, name: str, alias: str, commit: str, *, before: str | None) -> None:
     """Points a tag at a commit. Raises StaleAlias if somebody else makes it meanwhile.
 
-    A server that moves a tag when it is made again does it at one instant; the Hub answers 409 and it is deleted first.
+    `registry serve` moves a tag at one instant, if the message says where it was; the Hub answers 409: it is there.
     """
+    message = None if before is None else move_message(before)
     try:
-        client.create_tag(name, alias, commit)
+        client.create_tag(name, alias, commit, message)
         return
     except Conflict:
         if before is None:
@@ -165,7 +173,7 @@ def move_tag(client: HubClient, name: str, alias: str, commit: str, *, before: s
     with contextlib.suppress(NotFound):  # somebody else deleted it
         client.delete_tag(name, alias)
     try:
-        client.create_tag(name, alias, commit)
+        client.create_tag(name, alias, commit, message)
     except Conflict as error:
         raise _overtaken(name, alias) from error
     except AdapterbayError:
@@ -220,6 +228,16 @@ def _write(state: RepositoryState, move: LoggedMove) -> bool:
     except Conflict:
         return False
     return True
+
+
+def _take_back(client: HubClient, name: str, move: LoggedMove) -> None:
+    """Writes down that a move did not come about, unless somebody wrote another one since."""
+    for _ in attempts():
+        state = RepositoryState.read(client, name)
+        if state.ledger is None or _last_move(state, move.alias) != move:
+            return
+        if _write(state, new_move(state, move.alias, current_version(state, move.alias), move.by, rollback=True)):
+            return
 
 
 def _last_move(state: RepositoryState, alias: str) -> LoggedMove | None:

@@ -84,7 +84,7 @@ class HubClient:
 
     def __init__(self, endpoint: str | None, token: str | None, cache: Path | None) -> None:
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self._token = token
+        self.token = token
         self._cache = None if cache is None else str(cache)
         self._api = HfApi(endpoint=self.endpoint, token=token, library_name="adapterbay")
         self._trees: dict[tuple[str, str], dict[str, RemoteFile]] = {}
@@ -161,7 +161,7 @@ class HubClient:
                     revision=commit,
                     cache_dir=self._cache,
                     endpoint=self.endpoint,
-                    token=self._token,
+                    token=self.token,
                     force_download=again,
                     library_name="adapterbay",
                 )
@@ -213,7 +213,7 @@ class HubClient:
                 revision=revision,
                 cache_dir=self._cache,
                 endpoint=self.endpoint,
-                token=self._token,
+                token=self.token,
                 library_name="adapterbay",
             )
 
@@ -263,10 +263,10 @@ class HubClient:
             )
         return done.oid
 
-    def create_tag(self, name: str, tag: str, commit: str) -> None:
+    def create_tag(self, name: str, tag: str, commit: str, message: str | None = None) -> None:
         """Makes a tag. Raises Conflict if there is one of that name."""
         with hub_errors(f"the tag {tag} of {name}", writing=True):
-            self._api.create_tag(name, tag=tag, revision=commit)
+            self._api.create_tag(name, tag=tag, tag_message=message, revision=commit)
 
     def delete_tag(self, name: str, tag: str) -> None:
         """Removes a tag. Raises NotFound."""

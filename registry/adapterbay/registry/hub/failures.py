@@ -1,12 +1,14 @@
 """What the Hub and the network answer, in the words of our error tree.
 
-401, 403 and 404, gated    NotFound      with what to do: the name, `hf auth login`, the licence
-403 on a write             Unavailable   the token may read only
-400, 422                   Rejected      what the server refused, with its reason
-409, 412                   Conflict      somebody else was faster
-429, 5xx, no connection    Unavailable   after huggingface_hub's own retries
-offline mode, not cached   Unavailable
-no space left              StorageFull
+    401, 404, gated            NotFound      with what to do: the name, `hf auth login`, the licence
+    403                        Unavailable   the account or its token may not do that
+    400, 413, 422              Rejected      what the server refused, with its reason
+    409, 412                   Conflict      somebody else was faster
+    429, 5xx, no connection    Unavailable   after huggingface_hub's own retries
+    offline mode, not cached   Unavailable
+    no space left              StorageFull
+
+What `registry serve` refuses keeps its kind: PromotionRefused, UnsupportedMethod, NoEffect, TaskMismatch, BaseNotFound.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import huggingface_hub.errors
@@ -32,17 +34,30 @@ from huggingface_hub.errors import (
 
 from adapterbay.registry.errors import (
     AdapterbayError,
+    BaseNotFound,
     Conflict,
     InvalidReference,
+    NoEffect,
     NotFound,
+    PromotionRefused,
     Rejected,
     StorageFull,
+    TaskMismatch,
     Unavailable,
+    UnsupportedMethod,
 )
 
 LOGIN: Final = "log in with `hf auth login` or set HF_TOKEN"
 
 _REASON = re.compile(r"[A-Z][A-Z_]{2,40}")
+_REFUSALS: Final[Mapping[str, Callable[[str], AdapterbayError]]] = {
+    "PROMOTION_REFUSED": lambda said: PromotionRefused(said, unmet=()),
+    "UNSUPPORTED_METHOD": UnsupportedMethod,
+    "NO_EFFECT": NoEffect,
+    "TASK_MISMATCH": TaskMismatch,
+    "BASE_NOT_FOUND": BaseNotFound,
+}
+"""What `registry serve` refuses, by the reason in its answer."""
 HTTPError: Final[type[Exception]] = huggingface_hub.errors.__dict__["HTTPError"]
 """That of the HTTP library which this huggingface_hub uses (httpx or httpx2)."""
 
@@ -103,22 +118,29 @@ def _answered(error: HfHubHTTPError, what: str, writing: bool) -> AdapterbayErro
         return NotFound(f"The Hub does not know {what}{_because(said)}.")
     if status == 401:
         return NotFound(f"The token was not accepted for {what}{_because(said)}: {LOGIN}.", reason="UNAUTHENTICATED")
+    refusal = _REFUSALS.get(_reason(error.response))
+    if refusal is not None:
+        return refusal(said or f"The server refused {what}.")
     if status == 403:
         advice = f"use a token that may write there ({LOGIN})" if writing else f"{LOGIN} with an account that may"
         return Unavailable(f"{what} is forbidden for this account{_because(said)}: {advice}.", reason="FORBIDDEN")
     if status in (409, 412):
         return Conflict(f"Somebody else changed {what} at the same time{_because(said)}: try again.")
     if status in (400, 413, 422):
-        return Rejected(f"The Hub refused {what}{_because(said)}.", reason=_reason(error.response))
+        return Rejected(f"The Hub refused {what}{_because(said)}.", reason=_reason(error.response) or None)
     if status == 501:
         return Unavailable(f"This server does not do that for {what}{_because(said)}.", reason="NOT_IMPLEMENTED")
     return Unavailable(f"The Hub failed for {what} (HTTP {status}{_because(said)}): try again later.")
 
 
-def _reason(response: Any) -> str | None:
-    """The reason of a refusal: `registry serve` sends its own words where the Hub has its error codes."""
-    code = response.headers.get("X-Error-Code", "")
-    return code if _REASON.fullmatch(code) else None
+def _reason(response: Any) -> str:
+    """The reason in the answer of `registry serve`, which is one of ours; empty for any other server."""
+    try:
+        document = response.json()
+    except ValueError:
+        return ""
+    reason = document.get("reason") if isinstance(document, dict) else None
+    return reason if isinstance(reason, str) and _REASON.fullmatch(reason) else ""
 
 
 def _because(said: str) -> str:

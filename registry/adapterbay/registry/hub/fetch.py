@@ -19,6 +19,7 @@ from adapterbay.registry.base.reference import BaseReference
 from adapterbay.registry.digest import digest_bytes, digest_file
 from adapterbay.registry.errors import BaseNotFound, Corrupted, Rejected
 from adapterbay.registry.hub.client import HubClient, RemoteFile
+from adapterbay.registry.hub.ledger import is_commit
 from adapterbay.registry.local.blobs import Staged
 from adapterbay.registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, FileEntry, Manifest
 from adapterbay.registry.portable import (
@@ -112,7 +113,7 @@ def _admitted(client: HubClient, name: str, commit: str) -> Manifest:
                 f"{name} was pushed without adapterbay, and the base that it names was not found: {error.message} Or "
                 f"download it with `hf download {name}` and push the folder with --base."
             ) from error
-        _check_pinned(found.manifest, name)
+        check_pinned(found.manifest, name)
         return found.manifest.model_dump(mode="json")
 
     keys = [client.snapshot_path(name, commit, path) for path in sorted(files)]
@@ -141,9 +142,10 @@ def _plain_files(client: HubClient, name: str, commit: str) -> list[str]:
     return [path for path in (*STORED_FILES, *_FETCHED_DOCUMENTS) if path in there]
 
 
-def _check_pinned(manifest: Manifest, name: str) -> None:
+def check_pinned(manifest: Manifest, name: str) -> None:
+    """Refuses a manifest whose base is on the Hub and not pinned to a commit. Raises Rejected (BAD_MANIFEST)."""
     base = BaseReference.parse(manifest.base_reference)
-    if base.scheme == "hub" and base.revision is None:
+    if base.scheme == "hub" and (base.revision is None or not is_commit(base.revision)):
         raise Rejected(f"The base {base} of {name} is not pinned to a commit.", reason="BAD_MANIFEST")
 
 

@@ -9,6 +9,7 @@ Both change by commits whose parent is checked, so nobody overwrites what anothe
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
@@ -23,9 +24,16 @@ SCHEMA_VERSION: Final = 1
 ALIAS_LOG_PATH: Final = f"{FOLDER}/aliases.jsonl"
 MAX_LEDGER_BYTES: Final = 8 * 2**20
 
+_SHA = re.compile(r"[0-9a-f]{40}")
+
+
+def is_commit(text: str) -> bool:
+    """Whether `text` is the whole SHA of a commit."""
+    return _SHA.fullmatch(text) is not None
+
 
 def _commit(value: str) -> str:
-    if len(value) != 40 or not set(value) <= set("0123456789abcdef"):
+    if not is_commit(value):
         raise ValueError("a commit is 40 hex digits")
     return value
 

@@ -14,6 +14,7 @@ from adapterbay.registry.reference import HubReference, check_alias, check_hub_p
 
 MAIN: Final = "main"
 
+_MOVE = re.compile(r"moved from ([0-9a-f]{40})")
 _TAG_OF_VERSION = re.compile(r"v([1-9][0-9]{0,17})")
 
 
@@ -78,6 +79,17 @@ def tagged_version(tag: str) -> int | None:
     """The version that a tag stands for, if it is the tag of one."""
     match = _TAG_OF_VERSION.fullmatch(tag)
     return int(match[1]) if match else None
+
+
+def move_message(commit: str) -> str:
+    """The message of a tag that is made to move it away from `commit`. The Hub shows it; our server goes by it."""
+    return f"moved from {commit}"
+
+
+def moved_from(message: object) -> str | None:
+    """The commit in a message that `move_message` wrote."""
+    match = _MOVE.fullmatch(message) if isinstance(message, str) else None
+    return match[1] if match else None
 
 
 def check_hub_alias(alias: str) -> str:

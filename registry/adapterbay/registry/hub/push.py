@@ -23,7 +23,7 @@ from adapterbay.registry.card import render_card
 from adapterbay.registry.errors import AdapterbayError, Conflict, NotFound, Rejected, Unavailable
 from adapterbay.registry.hub.aliases import attempts, busy, is_moving, move_tag, new_move
 from adapterbay.registry.hub.client import HubClient, RemoteFile
-from adapterbay.registry.hub.fetch import own_manifest
+from adapterbay.registry.hub.fetch import check_pinned, own_manifest
 from adapterbay.registry.hub.ledger import ALIAS_LOG_PATH, Ledger, LedgerEntry, alias_log_bytes
 from adapterbay.registry.hub.names import tagged_version, version_tag
 from adapterbay.registry.hub.repository import RepositoryState
@@ -82,7 +82,9 @@ def prepared(folder: str | Path, wishes: Wishes) -> Iterator[Prepared]:
             files = dict(claim.files) if claim else source.files
             _check_sizes(files)
             staged = {path: staging.add_file(real) for path, real in files.items()}
-            yield Prepared(examine(source, staged, wishes), staged, claim.signature if claim else None)
+            candidate = examine(source, staged, wishes)
+            check_pinned(candidate.manifest, str(folder))
+            yield Prepared(candidate, staged, claim.signature if claim else None)
 
 
 def push(

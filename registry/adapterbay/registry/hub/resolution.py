@@ -97,6 +97,7 @@ def note(client: HubClient, reference: HubReference, found: Found) -> None:
     """Has the cache remember what was found, after its files were fetched, for a later time without a network."""
     own = own_manifest(client, found.name, found.commit) is not None
     path = MANIFEST_PATH if own else CONFIG_FILE
+    read_ledger(client, found.name, found.commit)
     tags = client.refs(found.name).tags
     for revision in {version_tag(found.version), reference.revision or ""}:
         if tags.get(revision) == found.commit:

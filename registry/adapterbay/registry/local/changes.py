@@ -104,7 +104,8 @@ def apply(db: sqlite3.Connection, change: Change, digest: str) -> None:
         db.execute("INSERT INTO comparisons VALUES (?, ?, ?, ?)", (change.sequence, *place, document))
     elif change.kind == "signed":
         _insert_blob(db, detail["signature"], detail["size"])
-        db.execute("UPDATE versions SET signature = ? WHERE name = ? AND version = ?", (detail["signature"], *place))
+        # A signature is of the content: of every version with this digest.
+        db.execute("UPDATE versions SET signature = ? WHERE digest = ?", (detail["signature"], digest))
     elif change.kind == "committed":
         _insert_commit(db, change)
     db.execute(

@@ -6,8 +6,9 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, get_args
 
+from adapterbay.registry.base.reference import Scheme
 from adapterbay.registry.gate import Comparison, Guard
 from adapterbay.registry.views import AdapterSummary, Listing, RegistryEvent, VersionRecord
 
@@ -161,7 +162,7 @@ def summaries(db: sqlite3.Connection, listing: Listing) -> list[AdapterSummary]:
 
 def _conditions(listing: Listing) -> Iterator[tuple[str, list[Any]]]:
     if listing.base is not None:
-        spellings = [listing.base, *(f"{scheme}:{listing.base}" for scheme in ("hub", "package", "folder", "gguf"))]
+        spellings = [listing.base, *(f"{scheme}:{listing.base}" for scheme in get_args(Scheme))]
         marks = ", ".join("?" * len(spellings))
         # instr, not LIKE: what is asked may hold % and _.
         pinned = " OR ".join(["instr(v.base_reference, ? || '@') = 1"] * len(spellings))

@@ -38,6 +38,7 @@ from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.paths import default_registry
 from adapterbay.registry.portable import Claim, read_claim
 from adapterbay.registry.reference import check_alias, check_name
+from adapterbay.registry.signing import signer_of
 from adapterbay.registry.views import CollectionReport, PushReceipt, VerifyReport
 
 MARKER_FILE: Final = "registry.json"
@@ -159,6 +160,7 @@ class Registry(Lifecycle):
         files: Mapping[str, Path],
         name: str,
         *,
+        number: int | None = None,
         find_base: FindBase = locate,
         extra: Extra | None = None,
         also: Callable[[Manifest, Sequence[Staged]], Also] | None = None,
@@ -171,7 +173,7 @@ class Registry(Lifecycle):
         source = from_files(files)
         claim = read_claim(files)
         wishes = Wishes(claimed=claim.manifest if claim else None)
-        return self._push(name, source, claim, wishes, find_base=find_base, extra=extra, also=also)
+        return self._push(name, source, claim, wishes, number=number, find_base=find_base, extra=extra, also=also)
 
     def _push(
         self,
@@ -229,7 +231,8 @@ class Registry(Lifecycle):
         )
 
     def _signing(self, name: str, bundle: Staged) -> Also:
-        detail = {"signature": bundle.digest, "size": bundle.size}
+        key = signer_of(bundle.path.read_bytes())
+        detail = {"signature": bundle.digest, "size": bundle.size, "key": key}
         return lambda _, version, at: [Change("signed", name, at, self.by, version, detail=detail)]
 
     def _check_size(self, files: Mapping[str, Path]) -> None:

@@ -32,7 +32,9 @@ class ReadToEnd:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        more = True
+        # A body that announces more than that is never read to its end.
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        more = not declared.isdigit() or int(declared) <= self._limit
 
         async def reading() -> Message:
             nonlocal more

@@ -26,6 +26,8 @@ from adapterbay.registry.serve.version_plan import Entry, Proposal, VersionPlan
 
 ATTEMPTS: Final = 20
 LOCKS: Final = 64
+LARGEST_GAP: Final = 100_000
+"""So many version numbers a client may leave out at once."""
 
 
 class Unchanged(Exception):
@@ -118,17 +120,20 @@ class Committer:
             return incoming.place(by_digest[digest]) if digest in by_digest else self._log.blob(digest)
 
         proposal = Proposal(current, tree, differing, path_of)
-        number = max((row.version for row in self._log.versions(incoming.name)), default=0) + 1
-        if trees.is_whole(tree) and (differing & trees.ADAPTER_FILES or self._claims(proposal, number)):
+        following = max((row.version for row in self._log.versions(incoming.name)), default=0) + 1
+        claimed = self._claimed(proposal) or 0
+        # A copy of a registry leaves out the numbers that were deleted there.
+        number = claimed if following < claimed <= following + LARGEST_GAP else following
+        if trees.is_whole(tree) and (differing & trees.ADAPTER_FILES or claimed == number):
             return self._version(VersionPlan(proposal, self._files, number), proposal, number, incoming)
         return self._edit(proposal, incoming)
 
-    def _claims(self, proposal: Proposal, number: int) -> bool:
-        """Whether the client's ledger says that the commit is a version, though the adapter is as it was."""
+    def _claimed(self, proposal: Proposal) -> int | None:
+        """The version that the client's ledger says the commit is, even if the adapter is as it was."""
         if not proposal.brings(LEDGER_PATH) or MANIFEST_PATH not in proposal.tree:
-            return False
+            return None
         ledger, manifest = proposal.read(LEDGER_PATH), proposal.tree[MANIFEST_PATH]
-        return self._files.claims(ledger, proposal.current.name, number, manifest[0])
+        return self._files.claimed(ledger, proposal.current.name, manifest[0])
 
     def _version(self, plan: VersionPlan, proposal: Proposal, number: int, incoming: Incoming) -> Commit:
         """A commit that is the next version, by the same admission as any push."""
@@ -154,7 +159,7 @@ class Committer:
             return build
 
         self._repositories.registry.acting_as(incoming.by).push_files(
-            plan.pushed(), incoming.name, find_base=plan.base_finder(self._bases), extra=extra, also=also
+            plan.pushed(), incoming.name, number=number, find_base=plan.base_finder(self._bases), extra=extra, also=also
         )
         return self._log.beginning(incoming.name, sha)[0]
 

@@ -152,8 +152,11 @@ class Repositories:
         assert made is not None
         return made
 
-    def add_tag(self, name: str, tag: str, commit: Commit, by: str) -> None:
-        """Sets an alias; vN is there from the beginning. Raises Refusal 409 or 400, or what set_alias raises."""
+    def add_tag(self, name: str, tag: str, commit: Commit, by: str, moved_from: str | None = None) -> None:
+        """Sets an alias; vN is there from the beginning. Raises Refusal 409 or 400, or what set_alias raises.
+
+        An alias that is there is moved, at one instant, if it points at the commit `moved_from`.
+        """
         version = commit.version
         match = _VERSION.fullmatch(tag)
         if match:
@@ -175,9 +178,10 @@ class Repositories:
                 400, f"{commit.sha[:12]} makes no version, so no alias can point at it: tag a version's commit."
             )
         current = self._aliases(name).get(tag)
-        if current is not None:
+        standing = None if current is None else self.log.of_version(name, current)
+        if current is not None and (standing is None or standing.sha != moved_from):
             raise Refusal(409, f"The tag {tag} is there, at v{current}: delete it first to move it.")
-        self.registry.acting_as(by).set_alias(name, tag, version, expected=None)
+        self.registry.acting_as(by).set_alias(name, tag, version, expected=current)
 
     def remove_tag(self, name: str, tag: str, by: str) -> None:
         """Removes an alias. Raises Refusal 400 for vN, or 404."""

@@ -67,13 +67,13 @@ class RepositoryFiles:
         ]
         return Ledger(versions=(*older, LedgerEntry(version=version, digest=digest, commit=None))).to_bytes()
 
-    def claims(self, ledger: bytes, name: str, version: int, digest: str) -> bool:
-        """Whether a ledger says that the commit it comes with is `version` with `digest`."""
+    def claimed(self, ledger: bytes, name: str, digest: str) -> int | None:
+        """The version that a ledger says the commit it comes with is, if it is one with `digest`."""
         try:
             newest = Ledger.from_bytes(ledger, name).versions[-1:]
         except AdapterbayError:
-            return False
-        return newest == (LedgerEntry(version=version, digest=digest, commit=None),)
+            return None
+        return newest[0].version if newest and newest[0].digest == digest and newest[0].commit is None else None
 
     def is_generated(self, commit: Commit) -> bool:
         """Whether README.md of a commit is the card that the registry made for its version."""

@@ -112,7 +112,7 @@ class VersionPlan:
             found[README_FILE] = self._files.card(manifest, name, self._number, own)
         if not (
             proposal.brings(LEDGER_PATH)
-            and self._files.claims(proposal.read(LEDGER_PATH), name, self._number, manifest.digest)
+            and self._files.claimed(proposal.read(LEDGER_PATH), name, manifest.digest) == self._number
         ):
             found[LEDGER_PATH] = self._files.ledger(name, self._number, manifest.digest)
         return found

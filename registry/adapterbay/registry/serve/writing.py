@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from adapterbay.registry.admission import check_path, check_prefix
 from adapterbay.registry.admission.folder import is_trainer_state
 from adapterbay.registry.errors import Conflict, Rejected
+from adapterbay.registry.hub.names import moved_from
 from adapterbay.registry.local.blobs import Staging
 from adapterbay.registry.local.commits import Commit
 from adapterbay.registry.serve import metadata
@@ -77,7 +78,7 @@ def _only_models(document: dict[str, Any]) -> None:
 
 
 async def add_tag(request: Request) -> Response:
-    """`create_tag`: an alias at a version's commit."""
+    """`create_tag`: an alias at a version's commit. With the message of `move_message` it is moved at one instant."""
     server, name = of(request), parameter(request, "repo")
     caller = server.gate.writer(request, name)
     document = await _json(request, server)
@@ -87,7 +88,7 @@ async def add_tag(request: Request) -> Response:
 
     def work() -> None:
         commit = server.repositories.find(name, parameter(request, "revision"))
-        server.repositories.add_tag(name, tag, commit, caller.name)
+        server.repositories.add_tag(name, tag, commit, caller.name, moved_from(document.get("message")))
 
     await run_in_threadpool(work)
     return JSONResponse({})
