@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
 import pickle
 import struct
 import tracemalloc
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from adapterbay.registry import admit
 from adapterbay.registry.admission.candidate import Candidate, Wishes, examine
 from adapterbay.registry.admission.folder import read_folder
+from adapterbay.registry.base import BaseFiles
 from adapterbay.registry.digest import digest_file
 from adapterbay.registry.errors import AdapterbayError, Rejected
 from adapterbay.registry.local.blobs import Staged
@@ -93,3 +97,25 @@ def look(folder: Path, **wishes: Any) -> Candidate:
         name: Staged(path, digest_file(path), path.stat().st_size, stored=False) for name, path in found.files.items()
     }
     return examine(found, staged, Wishes(**wishes))
+
+
+def agrees_with_peft(model: Any, folder: Path, base: BaseFiles) -> None:
+    """Plain PEFT loads the folder, with the ranks and factors that admission found."""
+    from peft import PeftModel
+
+    report = admit(files_of(folder), base.tensor_shapes(), base_config=base.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    layers: dict[str, Any] = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in loaded.named_modules()
+        if hasattr(layer, "lora_A") and "default" in layer.lora_A
+    }
+    assert {module.name for module in report.modules} <= layers.keys()
+    for module in report.modules:
+        layer = layers[module.name]
+        assert layer.r["default"] == module.rank
+        assert layer.scaling["default"] == pytest.approx(module.scaling)
+        assert type(layer).__name__ == "Linear"
+        assert not layer.lora_variant

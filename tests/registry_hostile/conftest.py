@@ -6,11 +6,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from registry_tools import Draft, Tiny
 
-from adapterbay.registry import Registry
+from adapterbay.registry import Registry, locate
+from adapterbay.registry.base import BaseFiles
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -48,6 +50,20 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         base, root / "adapter", targets=["query"], rank=2, seed=2, task="SEQ_CLS", labels=["a", "b", "c"]
     )
     return Tiny(base, adapter)
+
+
+@pytest.fixture(scope="session")
+def base(llama: Tiny) -> BaseFiles:
+    """The base of `llama`, as the registry reads it."""
+    return locate(str(llama.base))
+
+
+@pytest.fixture(scope="session")
+def model(llama: Tiny) -> Any:
+    """The base of `llama`, as transformers loads it. Not to be changed: copies are."""
+    from tiny import load_reference
+
+    return load_reference(llama.base)
 
 
 @pytest.fixture

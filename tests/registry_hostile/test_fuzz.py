@@ -8,20 +8,19 @@ from __future__ import annotations
 import copy
 import json
 import struct
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hostile_tools import checked, fuzz, look, split, with_header
+from hostile_tools import agrees_with_peft, checked, fuzz, look, split, with_header
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from registry_tools import Tiny
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save
 
-from adapterbay.registry import BaseReference, HubReference, Reference, admit, locate, parse_reference
+from adapterbay.registry import BaseReference, HubReference, Reference, admit, parse_reference
 from adapterbay.registry.admission.documents import read_document
 from adapterbay.registry.admission.front_matter import front_matter
 from adapterbay.registry.admission.safetensors_file import read_header
@@ -326,11 +325,6 @@ def test_safetensors_of_any_header_text(tmp_path_factory: pytest.TempPathFactory
     read_as_by_the_library(with_header(b"{" + text + b"}" * closed, DATA), tmp_path_factory.getbasetemp())
 
 
-@pytest.fixture(scope="module")
-def base(llama: Tiny) -> BaseFiles:
-    return locate(str(llama.base))
-
-
 @fuzz(150)
 @given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6))
 def test_admission_of_any_bytes(llama: Tiny, base: BaseFiles, changes: list[tuple[float, int]]) -> None:
@@ -362,13 +356,6 @@ CONFIG_VALUES = st.one_of(
 )
 
 
-@pytest.fixture(scope="module")
-def model(llama: Tiny) -> Any:
-    from tiny import load_reference
-
-    return load_reference(llama.base)
-
-
 @fuzz(120)
 @given(st.data())
 def test_a_folder_with_any_config(
@@ -397,27 +384,7 @@ def test_a_folder_with_any_config(
     event("accepted")
     assert found.manifest.peft_config == config
     assert found.manifest == Manifest.from_bytes(found.manifest.to_bytes())
-    files: dict[str, Path | bytes] = {file.name: file for file in folder.iterdir()}
-    report = admit(files, base.tensor_shapes(), base_config=base.config)
-    layers = layers_of_peft(model, folder)
-    assert {module.name for module in report.modules} <= layers.keys()
-    for module in report.modules:
-        assert layers[module.name].r["default"] == module.rank
-        assert layers[module.name].scaling["default"] == pytest.approx(module.scaling)
-
-
-def layers_of_peft(model: Any, folder: Path) -> dict[str, Any]:
-    """The adapted layers after plain PEFT has loaded the folder, by the names that the adapter gives them."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = PeftModel.from_pretrained(copy.deepcopy(model), folder)
-    return {
-        name.removeprefix("base_model.model."): layer
-        for name, layer in loaded.named_modules()
-        if hasattr(layer, "lora_A") and "default" in layer.lora_A
-    }
+    agrees_with_peft(model, folder, base)
 
 
 # what is read beside

@@ -70,23 +70,15 @@ def test_offline_what_was_pulled_is_found(
     files = {path.name: path.read_bytes() for path in content(4).iterdir()}
     theirs = plain.repos["team/theirs"].add({**plain.repos["team/theirs"].head.tree, **files}, "by hand")
     home = tmp_path / "home"
-    online = ask(plain.endpoint, home, "pull", "tales", "tales@champion", "tales@2", "team/theirs")
-    assert online["tales@champion"] == f"1 {first.digest}"
+    online = ask(plain.endpoint, home, "pull", "tales", f"tales@{first.digest}", "tales@2", "team/theirs")
+    assert online[f"tales@{first.digest}"] == f"1 {first.digest}"
     plain.requests.clear()
-    asked = [
-        "tales",
-        "tales@champion",
-        "tales@1",
-        "tales@2",
-        "tales@3",
-        f"tales@{commit}",
-        "team/theirs",
-        f"theirs@{theirs}",
-    ]
+    asked = ["tales", *(f"tales@{revision}" for revision in ("champion", "1", "2", "3", commit, first.digest))]
+    asked += ["team/theirs", f"theirs@{theirs}"]
     offline = ask(plain.endpoint, home, "pull", *asked, offline=True)
     assert plain.requests == []
     assert {reference: offline[reference] for reference in online} == online
-    assert offline["tales@1"] == offline[f"tales@{commit}"] == f"1 {first.digest}"
+    assert offline["tales@1"] == offline["tales@champion"] == offline[f"tales@{commit}"] == f"1 {first.digest}"
     assert offline["tales@2"] == f"2 {second.digest}"
     assert offline["tales@3"] == offline["tales"], "the newest then"
     assert offline[f"theirs@{theirs}"] == online["team/theirs"]
@@ -95,11 +87,11 @@ def test_offline_what_was_pulled_is_found(
 def test_offline_what_was_not_pulled_is_not(
     plain: PlainHub, registry: HubRegistry, content: Content, tmp_path: Path
 ) -> None:
-    registry.push(content(1), "tales", aliases=["champion"])
-    receipt = registry.push(content(2), "tales")
+    first = registry.push(content(1), "tales", aliases=["champion"])
+    registry.push(content(2), "tales")
     home = tmp_path / "home"
     ask(plain.endpoint, home, "pull", "tales@2")
-    asked = ["tales@1", "tales@champion", "tales", "other", f"tales@{receipt.digest}"]
+    asked = ["tales@1", "tales@champion", "other", f"tales@{first.digest}"]
     offline = ask(plain.endpoint, home, "pull", *asked, offline=True)
     for reference in asked:
         assert offline[reference].startswith("Unavailable "), offline

@@ -100,7 +100,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RegistryNotFound) as caught:
         open_registry("prd", create=False)
     assert caught.value.near == ("prod",)
-    with pytest.raises(RegistryNotFound, match="./prd"):
+    with pytest.raises(RegistryNotFound, match=r"\./prd"):
         open_registry("prd", create=True)
     assert not (tmp_path / "prd").exists()
     monkeypatch.delenv("ACME_TOKEN")

@@ -58,7 +58,7 @@ def written(folder: Path, modules: dict[str, tuple[torch.Tensor, torch.Tensor]],
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.clone()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.clone()
     save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, **config}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": sorted(modules), **config}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
 

@@ -7,6 +7,8 @@ Servers and clients are forks of this process, so that a start takes millisecond
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -71,12 +73,14 @@ class Crash:
     def start_server(self) -> None:
         self.server = os.fork()
         if self.server == 0:
+            code = 1
             try:
                 log = os.open(self.root.parent / "server.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(log, 2)
                 run(self.settings, lambda _: None)
+                code = 0
             finally:
-                os._exit(1)
+                os._exit(code)
         deadline = time.monotonic() + 30
         while True:
             try:
@@ -148,7 +152,7 @@ class Crash:
             assert landed, "an acknowledged commit is lost"
             assert head.sha == acknowledged
         history = self.log.until(name, head.number, 1000)
-        for newer, older in zip(history, history[1:], strict=False):
+        for newer, older in itertools.pairwise(history):
             assert newer.parent == older.sha
         assert [commit.version for commit in reversed(history)][1:] == list(range(1, now[0] + 1))
         for digest, size in head.tree.values():
@@ -162,10 +166,12 @@ class Crash:
         return "landed" if landed else "not landed"
 
     def on_disk(self) -> dict[str, set[tuple[str, int]]]:
-        return {
-            kind: {(str(path), path.stat().st_ino) for path in (self.root / kind).rglob("*")}
-            for kind in ("tmp", "blobs", "adapters")
-        }
+        found: dict[str, set[tuple[str, int]]] = {"tmp": set(), "blobs": set(), "adapters": set()}
+        for kind, places in found.items():
+            for path in (self.root / kind).rglob("*"):
+                with contextlib.suppress(FileNotFoundError):  # a living server tidies up
+                    places.add((str(path), path.stat().st_ino))
+        return found
 
     def stage(self, before: dict[str, set[tuple[str, int]]]) -> str:
         after = self.on_disk()
@@ -197,18 +203,20 @@ class Crash:
             if victim == "server":
                 os.kill(self.server, signal.SIGKILL)
                 os.waitpid(self.server, 0)
+                stage, outcome = self.stage(disk), self.check(name, before, None)
+                # Started again: the client goes on by itself if it was at a request that it repeats.
+                self.start_server()
                 acknowledged = self.finish_client(client, reading)
-                stage = self.stage(disk)
+                self.check(name, before, acknowledged)
             else:
                 os.kill(client, signal.SIGKILL)
                 acknowledged = self.finish_client(client, reading)
                 stage = self.stage(disk)
                 if acknowledged is None:
                     self.settle(name)
+                outcome = self.check(name, before, acknowledged)
             kills += 1
-            outcomes[f"{victim}: {stage}, {self.check(name, before, acknowledged)}"] += 1
-            if victim == "server":
-                self.start_server()
+            outcomes[f"{victim}: {stage}, {outcome}"] += 1
             if kills % 4 == 0:
                 # The very upload that was cut off works again, whether it landed or not, and makes one version.
                 again = self.finish_client(*self.start_client(name, content))
@@ -233,7 +241,7 @@ class Crash:
     def settle(self, name: str) -> None:
         """The server may still be at work on what a killed client had sent whole."""
         last, quiet = self.state(name), 0
-        while quiet < 5 or list((self.root / "tmp").iterdir()):
+        while quiet < 5 or list((self.root / "tmp").glob(f"*-{self.server}-*")):
             time.sleep(0.01)
             now = self.state(name)
             quiet, last = (quiet + 1 if now == last else 0), now
@@ -256,7 +264,13 @@ def main() -> None:
     registry, adapter, base, count, seed = sys.argv[1:]
     folder = Path(registry).parent / "source"
     shutil.copytree(adapter, folder)
-    answer = Crash(Path(registry), folder, Path(base), int(seed)).run(int(count))
+    crash = Crash(Path(registry), folder, Path(base), int(seed))
+    try:
+        answer = crash.run(int(count))
+    except BaseException:
+        if crash.server:
+            os.kill(crash.server, signal.SIGKILL)
+        raise
     sys.stdout.write(json.dumps(answer) + "\n")
 
 

@@ -41,7 +41,7 @@ def test_kill_9_at_random_instants(
         # The kills strike before and after the commit, and while bytes come in.
         outcomes = answer["outcomes"]
         assert sum(n for what, n in outcomes.items() if what.endswith(", landed")) >= 5, outcomes
-        assert sum(n for what, n in outcomes.items() if "staging" in what) >= 10, outcomes
+        assert sum(n for what, n in outcomes.items() if "staging" in what) >= 5, outcomes
         assert sum(n for what, n in outcomes.items() if what.endswith(", not landed")) >= 40, outcomes
     assert "checked" in run_registry_verify(tmp_path / "store")
 

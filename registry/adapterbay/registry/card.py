@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import yaml
 
+from adapterbay.registry.base.sources import PACKAGED_BASES
 from adapterbay.registry.card_text import MARK, body
 from adapterbay.registry.errors import InvalidArgument
 from adapterbay.registry.manifest import Manifest
@@ -111,6 +112,8 @@ def base_id(manifest: Manifest) -> str | None:
     if separator and scheme == "hub":
         repository = target.partition("@")[0]
         return repository if _HUB_ID.fullmatch(repository) or _BARE_HUB_ID.fullmatch(repository) else None
+    if separator and scheme == "package" and target in PACKAGED_BASES:
+        return PACKAGED_BASES[target]
     named = manifest.peft_config.get("base_model_name_or_path")
     if not isinstance(named, str) or _HUB_ID.fullmatch(named) is None or named.endswith(".gguf"):
         return None

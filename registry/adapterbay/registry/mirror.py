@@ -209,7 +209,7 @@ def _copy(source: Backend, destination: Backend, copy: Copy, base: str | BaseRef
         raise Corrupted(f"{copy.to}@{receipt.version} became {receipt.digest} on the way, not {copy.digest}.")
     if receipt.version != copy.version:
         raise Conflict(
-            f"The destination made {copy.to}@{receipt.version} of version {copy.version}: it numbers versions by itself "
-            "and cannot leave out the numbers that were deleted at the source.",
+            f"The destination made {copy.to}@{receipt.version} of version {copy.version}: it numbers versions by "
+            "itself and cannot leave out the numbers that were deleted at the source.",
             reason="VERSION_TAKEN",
         )

@@ -70,9 +70,7 @@ def base_named(config: Mapping[str, Any], training: Mapping[str, Any] | None) ->
     if isinstance(recorded, Mapping) and isinstance(recorded.get("reference"), str):
         return Origin(_checked(recorded["reference"], TRAINING_FILE), f"from {TRAINING_FILE}")
     name = config.get("base_model_name_or_path")
-    if name is not None and not isinstance(name, str):
-        raise Rejected(f"{CONFIG_FILE} has a base_model_name_or_path that is no text.", reason="BAD_CONFIG")
-    if not name or not name.strip():
+    if not isinstance(name, str) or not name.strip():
         raise InvalidArgument(
             f"The folder does not say which base it is for (no base_model_name_or_path in {CONFIG_FILE}): pass --base.",
             field="base",

@@ -87,7 +87,7 @@ LORA_FIELDS: Final[Mapping[str, Field]] = {
     "modules_to_save": _supported("a task's head, whole"),
     "ensure_weight_tying": _harmless("concerns embeddings and lm_head, which are refused as targets", bool, NoneType),
     "target_parameters": _refused("adapts bare parameters (experts), not linear layers", []),
-    "trainable_token_indices": _refused("replaces rows of the embedding", [], {}),
+    "trainable_token_indices": _refused("replaces rows of the embedding"),
     "layer_replication": _refused("builds another stack of layers out of the base", []),
     # how it was initialised
     "init_lora_weights": _supported("only the ways that leave the base as it is"),
@@ -98,22 +98,27 @@ LORA_FIELDS: Final[Mapping[str, Field]] = {
     "megatron_core": _harmless("only used together with megatron_config", str, NoneType),
     "qalora_group_size": _harmless("only used together with use_qalora"),
     "runtime_config": _harmless("where an initialisation runs; PEFT does not save it"),
-    # variants that compute something else
+    # variants that compute something else; an empty object is a config with its defaults, and turns them on
     "use_dora": _refused("DoRA rescales the output of the base layer", False),
     "bias": _refused("trains biases of the base as well", "none"),
     "lora_bias": _refused("adds a bias to B", False),
     "use_qalora": _refused("pools the input before A", False),
     "megatron_config": _refused("replaces the linear layers by Megatron's", {}),
-    "velora_config": _refused("keeps buffers of its own", {}),
+    "velora_config": _refused("keeps buffers of its own"),
     "alora_invocation_tokens": _refused("is on for a part of the tokens only", []),
-    "monteclora_config": _refused("samples around the delta", {}),
-    "use_bdlora": _refused("makes A or B block-diagonal", {}, False),
-    "arrow_config": _refused("routes tokens between adapters", {}),
-    "kasa_config": _refused("truncates the base and puts a diagonal between A and B", {}),
+    "monteclora_config": _refused("samples around the delta"),
+    "use_bdlora": _refused("makes A or B block-diagonal"),
+    "arrow_config": _refused("routes tokens between adapters"),
+    "kasa_config": _refused("truncates the base and puts a diagonal between A and B"),
 }
 
 AUTO_MAPPING_PACKAGES: Final = frozenset({"__main__", "peft", "sentence_transformers", "transformers", "trl"})
 """`__main__`, a class of the training script, cannot be imported by anybody else, and does no harm."""
+
+TASK_TYPES: Final = frozenset(
+    {"CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"}
+)
+"""PEFT's own; those that are served are `origins.PEFT_TASKS`."""
 
 INITIALISATIONS_THAT_KEEP_THE_BASE: Final = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
@@ -152,6 +157,13 @@ def check_fields(config: Mapping[str, Any]) -> None:
                 f"{key}={str(value)[:80]} is not served: it {field.why}. Train without it.",
                 metadata={"peft_type": method, "field": key},
             )
+    task = config.get("task_type")
+    if task is not None and task not in TASK_TYPES:
+        raise Rejected(
+            f"adapter_config.json has task_type={task[:60]!r}, which is none of PEFT's: {', '.join(sorted(TASK_TYPES))}.",
+            reason="BAD_CONFIG",
+            metadata={"field": "task_type"},
+        )
     _check_auto_mapping(config.get("auto_mapping"))
     _check_initialisation(config.get("init_lora_weights", True))
 

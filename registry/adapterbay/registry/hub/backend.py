@@ -167,7 +167,7 @@ class HubRegistry:
                 metadata={"digest": found.digest},
             )
         if not self.client.offline:
-            note(self.client, parsed, found)
+            note(self.client, found)
         return snapshot
 
     def manifest(self, reference: str) -> Manifest:

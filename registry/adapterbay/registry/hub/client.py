@@ -204,6 +204,11 @@ class HubClient:
             place = place.parent
         return place.name
 
+    def cached_commits(self, name: str) -> list[str]:
+        """The commits of a repository of which the cache has something."""
+        place = self.snapshot_path(name, "", "")
+        return sorted(entry.name for entry in place.iterdir() if entry.is_dir()) if place.is_dir() else []
+
     def remember(self, name: str, revision: str, path: str) -> None:
         """Has the cache note what a branch or tag means, so that it can be resolved offline later."""
         with hub_errors(f"{name} at {revision}"):

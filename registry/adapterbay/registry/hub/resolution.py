@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Final
 
 from adapterbay.registry.base.filecache import remembered
-from adapterbay.registry.errors import Corrupted, NotFound, Unavailable
+from adapterbay.registry.errors import AdapterbayError, Corrupted, NotFound, Unavailable
 from adapterbay.registry.hub.aliases import alias_commit
 from adapterbay.registry.hub.client import HubClient
 from adapterbay.registry.hub.fetch import manifest_of, own_manifest
@@ -93,17 +94,18 @@ def _of_digest(state: RepositoryState, digest: str) -> Found:
 # Offline
 
 
-def note(client: HubClient, reference: HubReference, found: Found) -> None:
-    """Has the cache remember what was found, after its files were fetched, for a later time without a network."""
-    own = own_manifest(client, found.name, found.commit) is not None
-    path = MANIFEST_PATH if own else CONFIG_FILE
+def note(client: HubClient, found: Found) -> None:
+    """Has the cache remember what names a version has, after its files were fetched, for a time without a network."""
     read_ledger(client, found.name, found.commit)
-    tags = client.refs(found.name).tags
-    for revision in {version_tag(found.version), reference.revision or ""}:
-        if tags.get(revision) == found.commit:
-            client.remember(found.name, revision, path)
-    if reference.revision in (None, MAIN):
-        client.remember(found.name, MAIN, LEDGER_PATH if own else CONFIG_FILE)
+    own = own_manifest(client, found.name, found.commit) is not None
+    refs = client.refs(found.name)
+    for tag, commit in refs.tags.items():
+        if commit == found.commit:
+            client.remember(found.name, tag, MANIFEST_PATH if own else CONFIG_FILE)
+    if refs.head is not None:
+        ledger = read_ledger(client, found.name, refs.head)
+        if ledger is not None or refs.head == found.commit:
+            client.remember(found.name, MAIN, LEDGER_PATH if ledger is not None else CONFIG_FILE)
     if not own:
         _remembered_number(client, found.name, found.commit, found.version)
 
@@ -112,15 +114,14 @@ def _find_offline(client: HubClient, reference: HubReference) -> Found:
     name, wanted = reference.name, reference.revision or MAIN
     if reference.version is not None:
         wanted = version_tag(reference.version)
+    head = client.cached_commit(name, MAIN, LEDGER_PATH) if wanted == MAIN else None
+    ledger = None if head is None else read_ledger(client, name, head)
+    if ledger is not None and ledger.versions:
+        wanted = ledger.versions[-1].commit or version_tag(ledger.versions[-1].version)
     if reference.digest is not None:
-        raise Unavailable(f"{reference} cannot be looked up by its digest while HF_HUB_OFFLINE is set: give a version.")
-    head = client.cached_commit(name, wanted, LEDGER_PATH) if wanted == MAIN else None
-    if head is not None:
-        ledger = read_ledger(client, name, head)
-        newest = ledger.versions[-1] if ledger and ledger.versions else None
-        if newest is not None:
-            wanted = newest.commit or version_tag(newest.version)
-    commit = client.cached_commit(name, wanted, MANIFEST_PATH) or client.cached_commit(name, wanted, CONFIG_FILE)
+        commit = _cached_with(client, name, reference.digest)
+    else:
+        commit = client.cached_commit(name, wanted, MANIFEST_PATH) or client.cached_commit(name, wanted, CONFIG_FILE)
     if commit is None:
         raise Unavailable(
             f"{reference} is not in the cache and HF_HUB_OFFLINE is set: pull it once without it, under this name."
@@ -133,6 +134,15 @@ def _find_offline(client: HubClient, reference: HubReference) -> Found:
     if not same:
         raise Corrupted(f"The ledger of {name} at {commit} does not know the version that is there.")
     return Found(name, same[-1], commit, manifest.digest)
+
+
+def _cached_with(client: HubClient, name: str, digest: str) -> str | None:
+    """A commit in the cache that is the version with this digest."""
+    for commit in client.cached_commits(name):
+        with contextlib.suppress(AdapterbayError):  # of a commit that was not fetched whole
+            if manifest_of(client, name, commit).digest == digest:
+                return commit
+    return None
 
 
 def _remembered_number(client: HubClient, name: str, commit: str, number: int | None) -> int:

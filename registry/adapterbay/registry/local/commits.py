@@ -195,6 +195,10 @@ class CommitLog:
         """A staging folder, removed at the end; see `BlobStore.staging`."""
         return self._blobs.staging()
 
+    def sweep(self) -> None:
+        """Removes what writers left that were killed."""
+        self._blobs.sweep_staging()
+
     def blob(self, digest: str) -> Path:
         """Where a blob lies, whether it is there or not."""
         return self._blobs.path(digest)

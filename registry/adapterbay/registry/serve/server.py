@@ -62,6 +62,7 @@ class Server:
         """Opens the registry and locates the bases. Raises as `Registry.open` and `locate` do."""
         self.settings = settings
         self.repositories = Repositories(Registry.open(settings.registry, limits=settings.limits))
+        self.repositories.log.sweep()
         self.bases = Bases(settings.bases)
         self.committer = Committer(self.repositories, self.bases)
         self.tokens = TokenFile(settings.tokens_path)
