@@ -162,18 +162,19 @@ def big(work: Path, megabytes: int, rounds: int) -> dict[str, float]:
     for number in range(rounds):
         folder = make_adapter(work / "big", base, hidden, names, rank, number + 1)
         size = sum(path.stat().st_size for path in folder.iterdir())
-        os.sync()
         for times, call in (
             (copy, partial(copied, folder, work / f"copy-{number}")),
             (push, partial(registry.push, folder, "big")),
             (again, partial(registry.push, folder, "again")),
             (pull, partial(registry.pull, "big", work / f"pull-{number}")),
+            (copy, partial(copied, folder, work / f"copy-again-{number}")),
         ):
+            os.sync()  # what was written before is not waited for in this figure
             began = time.perf_counter()
             call()
             times.append(time.perf_counter() - began)
-        shutil.rmtree(work / f"copy-{number}")
-        shutil.rmtree(work / f"pull-{number}")
+        for name in ("copy", "pull", "copy-again"):
+            shutil.rmtree(work / f"{name}-{number}")
     plain = statistics.median(copy)
     return {
         "size MB": round(size / 1e6, 1),
@@ -207,7 +208,7 @@ def duplicates(work: Path, base: Path) -> dict[str, float]:
 def show(title: str, rows: dict[str, Any]) -> None:
     print(f"\n{title}")
     for name, value in rows.items():
-        print(f"  {name:<44}{value if not isinstance(value, list) else '  '.join(f'{each:>9}' for each in value)}")
+        print(f"  {name:<52}{value if not isinstance(value, list) else '  '.join(f'{each:>9}' for each in value)}")
 
 
 def main() -> None:

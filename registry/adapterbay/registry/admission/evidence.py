@@ -57,7 +57,7 @@ def training_evidence(beside: Mapping[str, Path], readme: Path | None, folder_na
         sources.append(origin)
         shown = ", ".join(f"{key} {value:.4g}" for key, value in list(metrics.items())[:8])
         findings.append(f"metrics: {shown} (from {origin})")
-    if STATE_FILE in documents and (course := _course(documents[STATE_FILE])):
+    if STATE_FILE in documents and (course := _course(documents[STATE_FILE], folder_name)):
         record |= course
         sources.append(STATE_FILE)
         findings.append(f"{_course_line(course)} (from {STATE_FILE})")
@@ -86,9 +86,8 @@ def _metrics(documents: Mapping[str, Mapping[str, Any]], folder_name: str) -> tu
     if STATE_FILE not in documents:
         return {}, "", None
     state = documents[STATE_FILE]
-    step, best = state.get("global_step"), state.get("best_global_step")
-    named = _CHECKPOINT.fullmatch(folder_name)
-    if best is not None and best != step and not (named and _is_count(step) and int(named[1]) == step):
+    step = state.get("global_step")
+    if _best_elsewhere(state, folder_name) is not None:
         return {}, "", f"{STATE_FILE} does not say which of its evaluations is of these weights: no metrics were taken"
     log = state.get("log_history")
     entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
@@ -103,6 +102,18 @@ def _metrics(documents: Mapping[str, Mapping[str, Any]], folder_name: str) -> tu
     return _plain_metrics({"train_loss": losses[-1]["train_loss"]} if losses else {}), STATE_FILE, None
 
 
+def _best_elsewhere(state: Mapping[str, Any], folder_name: str) -> int | None:
+    """The step of the best checkpoint, where the folder may hold its weights instead of the last ones.
+
+    The Trainer loads it at the end (load_best_model_at_end) and does not say so.
+    """
+    step, best = state.get("global_step"), state.get("best_global_step")
+    named = _CHECKPOINT.fullmatch(folder_name)
+    if not _is_count(best) or best == step or (named and _is_count(step) and int(named[1]) == step):
+        return None
+    return int(best)
+
+
 def _plain_metrics(values: Mapping[str, Any]) -> dict[str, float]:
     """`eval_accuracy` is `accuracy`; `eval_loss` keeps its name, as the trainer's record has it."""
     found: dict[str, float] = {}
@@ -115,13 +126,16 @@ def _plain_metrics(values: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _course(state: Mapping[str, Any]) -> dict[str, Any]:
+def _course(state: Mapping[str, Any], folder_name: str) -> dict[str, Any]:
     """Steps and epochs that were trained, and the settings that the state has."""
     found: dict[str, Any] = {}
     if _is_count(state.get("global_step")) and state["global_step"] > 0:
         found["steps"] = state["global_step"]
     if _is_number(state.get("epoch")) and state["epoch"] > 0:
         found["epochs"] = state["epoch"]
+    best = _best_elsewhere(state, folder_name)
+    if best is not None and found:
+        found["best_step"] = best
     settings: dict[str, Any] = {}
     for key, name in (("num_train_epochs", "epochs"), ("max_steps", "max_steps"), ("train_batch_size", "batch_size")):
         if _is_count(state.get(key)) and state[key] > 0:
@@ -144,6 +158,8 @@ def _course_line(course: Mapping[str, Any]) -> str:
     rate = course.get("settings", {}).get("learning_rate")
     if rate is not None:
         parts.append(f"learning rate up to {rate:.4g}")
+    if "best_step" in course:
+        parts.append(f"the best checkpoint at step {course['best_step']}")
     return "trained for " + ", ".join(parts)
 
 
@@ -170,6 +186,14 @@ def _card_line(found: Mapping[str, Any]) -> str:
     if "language" in found:
         parts.append(f"language {', '.join(found['language'])}")
     return "; ".join(parts)
+
+
+def base_of_card(readme: Path | None) -> str | None:
+    """The one base that a model card names as `ORG/REPO`; None if there is none or several."""
+    if readme is None:
+        return None
+    named = front_matter(read_bytes(readme, README_FILE)).get("base_model", [])
+    return named[0] if len(named) == 1 else None
 
 
 def own_chat_template(beside: Mapping[str, Path]) -> Any:

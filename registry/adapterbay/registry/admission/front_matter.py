@@ -1,6 +1,6 @@
 """The few lines of a model card's front matter that say what an adapter was trained on.
 
-Not YAML: only `key: value`, `key: [a, b]` and `key:` with `- item` lines below it, for three keys. What is written in
+Not YAML: only `key: value`, `key: [a, b]` and `key:` with `- item` lines below it, for four keys. What is written in
 another way is passed over, so that no anchor, tag or nesting of a stranger is ever resolved.
 """
 
@@ -18,6 +18,7 @@ _KEY = re.compile(r"(?P<key>[A-Za-z_]{1,40}):(?P<value>.*)")
 _ITEM = re.compile(r" {0,8}- (?P<value>.*)")
 
 _VALUES: Final = {
+    "base_model": re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"),
     "datasets": re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?"),
     "license": re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}"),
     "language": re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8}){0,3}|code|multilingual"),
@@ -42,7 +43,7 @@ _BOILERPLATE: Final = frozenset(
 
 
 def front_matter(card: bytes) -> dict[str, list[str]]:
-    """`datasets`, `license` and `language` as far as they are there and say something."""
+    """`base_model`, `datasets`, `license` and `language` as far as they are there and say something."""
     block = _BLOCK.match(card[:MAX_FRONT_MATTER].decode("utf-8", errors="replace").removeprefix("\ufeff"))
     found: dict[str, list[str]] = {}
     for key, value in _pairs(block["lines"].splitlines() if block else []):

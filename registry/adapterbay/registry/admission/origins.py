@@ -27,6 +27,7 @@ from adapterbay.registry.manifest import (
     CONFIG_FILE,
     MAX_BASE_REFERENCE,
     MAX_LABELS,
+    README_FILE,
     TRAINING_FILE,
     TaskName,
     is_plain,
@@ -57,25 +58,34 @@ _HUB_PAGE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A base, and where its name was found; `elsewhere` is where its files lie if the name does not lead to them."""
+    """A base, and where its name was found.
+
+    `elsewhere` is where its files may lie if the name does not lead to them; `hint` is another name to propose.
+    """
 
     reference: str | BaseReference
     where: str
     elsewhere: BaseReference | None = None
+    hint: str | None = None
 
 
-def base_named(config: Mapping[str, Any], training: Mapping[str, Any] | None) -> Origin:
-    """The base that the files name. Raises InvalidArgument if they name none, Rejected (BAD_CONFIG) or BaseNotFound."""
+def base_named(config: Mapping[str, Any], training: Mapping[str, Any] | None, card: str | None = None) -> Origin:
+    """The base that the files name; `card` is what the model card says.
+
+    Raises InvalidArgument if they name none, Rejected (BAD_CONFIG) or BaseNotFound.
+    """
     recorded = (training or {}).get("base")
     if isinstance(recorded, Mapping) and isinstance(recorded.get("reference"), str):
         return Origin(_checked(recorded["reference"], TRAINING_FILE), f"from {TRAINING_FILE}")
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name.strip():
+        if card is not None:
+            return Origin(BaseReference("hub", card), f"from {README_FILE}")
         raise InvalidArgument(
             f"The folder does not say which base it is for (no base_model_name_or_path in {CONFIG_FILE}): pass --base.",
             field="base",
         )
-    return _named_by_peft(_checked(name, CONFIG_FILE), config.get("revision"))
+    return replace(_named_by_peft(_checked(name, CONFIG_FILE), config.get("revision"), card), hint=card)
 
 
 def _checked(name: str, where: str) -> str:
@@ -87,7 +97,7 @@ def _checked(name: str, where: str) -> str:
     return name
 
 
-def _named_by_peft(name: str, revision: Any) -> Origin:
+def _named_by_peft(name: str, revision: Any, card: str | None) -> Origin:
     try:
         if cached := _HUB_CACHE.fullmatch(name):
             # models--ORG--NAME; the commit is the folder's name. It outlives the machine, the path does not.
@@ -102,7 +112,9 @@ def _named_by_peft(name: str, revision: Any) -> Origin:
         if reference.scheme == "hub" and reference.revision is None and isinstance(revision, str) and revision:
             reference = BaseReference("hub", reference.target, revision)
     except InvalidReference as error:
-        raise BaseNotFound(f"{CONFIG_FILE} names the base as {name[:200]!r}, which is no base: pass --base.") from error
+        raise BaseNotFound(
+            f"{CONFIG_FILE} names the base as {name[:200]!r}, which is no base: pass --base.{_proposed(card)}"
+        ) from error
     return Origin(reference, f"from {CONFIG_FILE}")
 
 
@@ -120,7 +132,12 @@ def base_at(origin: Origin, find_base: FindBase) -> BaseFiles:
                 pass
         raise BaseNotFound(
             f"The base {origin.reference} ({origin.where}) was not found: {error.message} {_advice(origin.reference)}"
+            f"{_proposed(origin.hint)}"
         ) from error
+
+
+def _proposed(card: str | None) -> str:
+    return f" {README_FILE} names hub:{card}." if card else ""
 
 
 def _advice(reference: str | BaseReference) -> str:

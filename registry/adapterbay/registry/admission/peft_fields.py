@@ -115,6 +115,12 @@ LORA_FIELDS: Final[Mapping[str, Field]] = {
 AUTO_MAPPING_PACKAGES: Final = frozenset({"__main__", "peft", "sentence_transformers", "transformers", "trl"})
 """`__main__`, a class of the training script, cannot be imported by anybody else, and does no harm."""
 
+OLD_FIELDS: Final[Mapping[str, Field]] = {
+    "merge_weights": _harmless("whether PEFT 0.2 merged the weights on eval()", bool, NoneType),
+    "enable_lora": _refused("PEFT 0.2 adapted parts of a fused layer"),
+}
+"""Fields that PEFT does not write any more."""
+
 TASK_TYPES: Final = frozenset(
     {"CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"}
 )
@@ -132,7 +138,8 @@ def check_fields(config: Mapping[str, Any]) -> None:
         raise UnsupportedMethod(
             f"The PEFT method {method[:60]!r} is not served: train with LORA.", metadata={"peft_type": method[:60]}
         )
-    unknown = sorted(key for key, value in config.items() if key not in LORA_FIELDS and value is not None)
+    fields = {**LORA_FIELDS, **OLD_FIELDS}
+    unknown = sorted(key for key, value in config.items() if key not in fields and value is not None)
     if unknown:
         raise Rejected(
             f"adapter_config.json has settings that this version does not know: {', '.join(unknown)[:200]}. "
@@ -141,7 +148,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
             metadata={"keys": ", ".join(unknown)[:200]},
         )
     for key, value in config.items():
-        field = LORA_FIELDS.get(key)
+        field = fields.get(key)
         if field is not None and field.kinds and type(value) not in field.kinds:
             wanted = " or ".join(_KINDS[kind] for kind in field.kinds)
             raise Rejected(
@@ -160,7 +167,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
     task = config.get("task_type")
     if task is not None and task not in TASK_TYPES:
         raise Rejected(
-            f"adapter_config.json has task_type={task[:60]!r}, which is none of PEFT's: {', '.join(sorted(TASK_TYPES))}.",
+            f"adapter_config.json has task_type={task[:60]!r}; PEFT knows {', '.join(sorted(TASK_TYPES))}.",
             reason="BAD_CONFIG",
             metadata={"field": "task_type"},
         )

@@ -12,8 +12,8 @@ What this gives, and what it does not:
   this package take the line in the log, as long as it is younger than SETTLE_SECONDS.
 - Somebody who moves the tag by other means is not held up. If that happens between reading and deleting, the move is
   lost; if between deleting and making, the Hub says so (409), and the mover here fails with StaleAlias.
-- A mover that dies after its line and before its tag leaves the tag where it was, or away: `verify` says so, and after
-  SETTLE_SECONDS the next mover goes by the tag.
+- A mover that dies after its line and before its tag leaves the tag where it was, or away: the tag counts, and after
+  SETTLE_SECONDS the next mover goes by it.
 - `registry serve` moves a tag at one instant, by compare-and-swap: there is no moment without it, and no lost move.
 """
 

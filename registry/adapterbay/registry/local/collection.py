@@ -69,7 +69,9 @@ def _marked(db: sqlite3.Connection, blobs: BlobStore) -> set[str]:
             raise Corrupted(f"The manifest {digest} is not valid: {error.message}") from error
     standing: dict[str, int] = {}  # name → the version whose files the commit has
     for name, version, tree in db.execute("SELECT name, version, tree FROM commits ORDER BY name, number"):
-        if version is not None:
+        if tree == "{}":
+            standing.pop(name, None)
+        elif version is not None:
             standing[name] = version
         if (name, standing.get(name, 0)) not in deleted:
             marked.update(digest for digest, _ in json.loads(tree).values())

@@ -23,6 +23,7 @@ from adapterbay.registry.serve.problems import Refusal
 from adapterbay.registry.serve.repository import Overtaken, Repositories
 from adapterbay.registry.serve.uploads import Uploaded
 from adapterbay.registry.serve.version_plan import Entry, Proposal, VersionPlan
+from adapterbay.registry.signing import signer_of
 
 ATTEMPTS: Final = 20
 LOCKS: Final = 64
@@ -167,6 +168,7 @@ class Committer:
         """A commit that makes no version; it may sign the one that is there."""
         tree, name = dict(proposal.tree), incoming.name
         signed = self._signed(proposal)
+        key = None if signed is None else signer_of(proposal.read(SIGNATURE_PATH))
 
         def build(_: sqlite3.Connection, now: Commit | None) -> Iterator[Draft]:
             self._check_still(now, proposal.current, tree, incoming)
@@ -175,7 +177,7 @@ class Committer:
         def signing(at: str) -> Iterable[Change]:
             if signed is not None:
                 digest, size = tree[SIGNATURE_PATH]
-                detail = {"signature": digest, "size": size}
+                detail = {"signature": digest, "size": size, "key": key}
                 yield Change("signed", name, at, incoming.by, signed, detail=detail)
 
         made = self._log.append(name, build, incoming.adopt(), signing)

@@ -71,7 +71,7 @@ def models(request: Request) -> Response:
         if len(found) == limit:
             return JSONResponse(found, headers=next_page(request, cursor=last))
         last = name
-        if caller.sees(name) and query.get("search", "").lower() in name:
+        if name.count("/") < 2 and caller.sees(name) and query.get("search", "").lower() in name:
             info = _summary(server, name)
             if info is not None and _matches(info, query.getlist("filter"), query.get("pipeline_tag")):
                 found.append(info)

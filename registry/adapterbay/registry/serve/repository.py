@@ -17,8 +17,10 @@ from adapterbay.registry.errors import Conflict, InvalidReference, NotFound
 from adapterbay.registry.local.blobs import Staged
 from adapterbay.registry.local.commits import Commit, CommitLog, Draft, VersionRow
 from adapterbay.registry.local.store import Registry
+from adapterbay.registry.portable import MANIFEST_PATH, SIGNATURE_PATH
 from adapterbay.registry.reference import LATEST, check_alias, check_name
 from adapterbay.registry.serve.problems import Refusal, entry_not_found, repository_not_found, revision_not_found
+from adapterbay.registry.serve.recent import Recent
 from adapterbay.registry.serve.repository_files import RepositoryFiles
 
 MAIN: Final = "main"
@@ -42,6 +44,15 @@ class Overtaken(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class _Missing:
+    """A commit that the history of an adapter lacks."""
+
+    row: VersionRow
+    title: str
+    signature_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Tag:
     """A name for a commit that the clients see as a tag."""
 
@@ -56,6 +67,7 @@ class Repositories:
         self.registry = registry
         self.log = CommitLog(registry.root)
         self.files = RepositoryFiles(self.log)
+        self._caught_up: Recent[str, int] = Recent(100_000)  # name → the event at which no commit was missing
 
     def close(self) -> None:
         """Gives the connections back."""
@@ -71,8 +83,11 @@ class Repositories:
     def head(self, name: str) -> Commit:
         """The newest commit, after giving one to every version that has none. Raises Refusal 404."""
         check_readable_name(name)
-        while (row := self._behind(name)) is not None:
-            self._catch_up(name, row)
+        newest_event = self.registry.last_event()
+        if self._caught_up.get(name) != newest_event:
+            while (missing := self._missing(name)) is not None:
+                self._add(name, missing)
+            self._caught_up.put(name, newest_event)
         current = self.log.head(name)
         if current is None:
             raise repository_not_found(f"There is no adapter {name} in this registry.")
@@ -194,39 +209,50 @@ class Repositories:
 
     # Commits for versions that came by another way
 
-    def _behind(self, name: str) -> VersionRow | None:
-        """The oldest version without a commit; or, if the head's was deleted, the newest one that is left."""
-        versions = self.log.versions(name)
+    def _missing(self, name: str) -> _Missing | None:
+        """What the history lacks: the oldest version without a commit; then, if the head's version was deleted, the
+        newest that is left, or nothing; then the signature of the head's version.
+        """
+        versions = {row.version: row for row in self.log.versions(name)}
         done = max(self.log.tagged(name), default=0)
+        for number, row in versions.items():
+            if number > done:
+                return _Missing(row, f"Version {number}{' was deleted' if row.deleted else ''}")
         current = self.log.head(name)
-        for row in versions:
-            if row.version > done:
-                return row
-        if current is None or not current.tree:
+        standing = None if current is None else self.log.standing(name, current.number)
+        if current is None or standing is None:
             return None
-        standing = self.log.standing(name, current.number)
-        if all(row.version != standing or not row.deleted for row in versions):
-            return None
-        left = [row for row in versions if not row.deleted]
-        return left[-1] if left else next(row for row in versions if row.version == standing)
+        row = versions[standing]
+        if row.deleted:
+            left = [each for each in versions.values() if not each.deleted]
+            return (
+                _Missing(left[-1], f"Back to version {left[-1].version}") if left else _Missing(row, "No version left")
+            )
+        manifest = current.tree.get(MANIFEST_PATH, ("", 0))[0]
+        if row.signature is not None and manifest == row.digest:
+            signed = current.tree.get(SIGNATURE_PATH, ("", 0))[0]
+            if signed != row.signature:
+                return _Missing(row, f"Signature of version {standing}", signature_only=True)
+        return None
 
-    def _catch_up(self, name: str, row: VersionRow) -> None:
-        current = self.log.head(name)
+    def _add(self, name: str, missing: _Missing) -> None:
+        """Commits it, unless another process was faster."""
+        current, row = self.log.head(name), missing.row
         with self.log.staging() as staging:
             tree: dict[str, tuple[str, int]] = {}
             staged: list[Staged] = []
-            if not row.deleted:
+            if missing.signature_only and current is not None:
+                tree = {**current.tree, SIGNATURE_PATH: self.files.signature(row)}
+            elif not row.deleted:
                 tree, staged = self.files.of_version(staging, name, row)
-            fresh = current is None or row.version > max(self.log.tagged(name), default=0)
-            title = f"Version {row.version}" if fresh else f"Back to version {row.version}"
-            draft = Draft(tree, f"{title} was deleted" if row.deleted else title, "", row.by or SERVER, row.version)
+            draft = Draft(tree, missing.title, "", row.by or SERVER, row.version)
 
             def build(_: object, now: Commit | None) -> Iterator[Draft]:
                 if (now and now.sha) != (current and current.sha):
                     raise Overtaken
                 yield draft
 
-            with contextlib.suppress(Overtaken):  # whoever was faster wrote the same
+            with contextlib.suppress(Overtaken):
                 self.log.append(name, build, staged)
 
     def _aliases(self, name: str) -> dict[str, int]:

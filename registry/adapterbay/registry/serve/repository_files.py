@@ -28,10 +28,15 @@ class RepositoryFiles:
         tree = {entry.path: (entry.digest, entry.size) for entry in manifest.files}
         tree[MANIFEST_PATH] = (row.digest, len(manifest.to_bytes()))
         if row.signature is not None:
-            tree[SIGNATURE_PATH] = (row.signature, self._log.blob(row.signature).stat().st_size)
+            tree[SIGNATURE_PATH] = self.signature(row)
         card = self.card(manifest, name, row.version, self.own_readme(tree))
         new = {README_FILE: card, LEDGER_PATH: self.ledger(name, row.version, row.digest)}
         return self.with_documents(tree, {path: staging.add_bytes(data) for path, data in new.items()})
+
+    def signature(self, row: VersionRow) -> tuple[str, int]:
+        """The signature of a version that has one. Raises Corrupted."""
+        digest = row.signature or ""
+        return digest, self._log.check_blob(digest, None, f"The signature of version {row.version}").stat().st_size
 
     def with_documents(
         self, tree: Tree, documents: Mapping[str, Staged]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Final, Generic, TypeVar
+from typing import Final
 from urllib.parse import unquote, urlencode
 
 from starlette.requests import Request
@@ -15,44 +12,12 @@ from adapterbay.registry.serve.auth import Gatekeeper
 from adapterbay.registry.serve.bases import Bases
 from adapterbay.registry.serve.incoming import Committer
 from adapterbay.registry.serve.problems import header_text
+from adapterbay.registry.serve.recent import Recent
 from adapterbay.registry.serve.repository import Repositories
 from adapterbay.registry.serve.settings import ServeSettings
 from adapterbay.registry.serve.tokens import TokenFile
 
 WARNING_HEADER: Final = "X-HF-Warning"
-
-Key = TypeVar("Key", bound=Hashable)
-Value = TypeVar("Value")
-
-
-class Recent(Generic[Key, Value]):
-    """What was found out lately; the oldest is forgotten first. Used by any number of threads."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._lock = threading.Lock()
-        self._found: OrderedDict[Key, Value] = OrderedDict()
-
-    def get(self, key: Key) -> Value | None:
-        """What is known of `key`."""
-        with self._lock:
-            return self._found.get(key)
-
-    def put(self, key: Key, value: Value) -> None:
-        """Remembers it."""
-        with self._lock:
-            self._found[key] = value
-            self._found.move_to_end(key)
-            while len(self._found) > self._size:
-                self._found.popitem(last=False)
-
-    def get_or(self, key: Key, make: Callable[[], Value]) -> Value:
-        """What is known, or what `make` finds out now."""
-        known = self.get(key)
-        if known is None:
-            known = make()
-            self.put(key, known)
-        return known
 
 
 class Server:
