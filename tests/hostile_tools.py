@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from adapterbay.registry import admit
 from adapterbay.registry.admission.candidate import Candidate, Wishes, examine
-from adapterbay.registry.admission.folder import read_folder
+from adapterbay.registry.admission.folder import PeftFolder, read_folder
 from adapterbay.registry.base import BaseFiles
 from adapterbay.registry.digest import digest_file
 from adapterbay.registry.errors import AdapterbayError, Rejected
@@ -39,6 +40,20 @@ def fuzz(examples: int) -> settings:
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
     )
+
+
+json_values = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(10**20), 10**20),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.text(max_size=8),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
+    max_leaves=10,
+)  # fmt: skip
+"""Any JSON."""
 
 
 def with_header(header: dict[str, Any] | bytes, data: bytes) -> bytes:
@@ -93,10 +108,14 @@ def files_of(folder: Path) -> dict[str, Path | bytes]:
 def look(folder: Path, **wishes: Any) -> Candidate:
     """What a push would find in a folder, without storing anything."""
     found = read_folder(folder)
-    staged = {
-        name: Staged(path, digest_file(path), path.stat().st_size, stored=False) for name, path in found.files.items()
+    return examine(found, unstaged(found), Wishes(**wishes))
+
+
+def unstaged(folder: PeftFolder) -> dict[str, Staged]:
+    """The files of a folder as if they were staged, where they lie."""
+    return {
+        name: Staged(path, digest_file(path), path.stat().st_size, stored=False) for name, path in folder.files.items()
     }
-    return examine(found, staged, Wishes(**wishes))
 
 
 def agrees_with_peft(model: Any, folder: Path, base: BaseFiles) -> None:

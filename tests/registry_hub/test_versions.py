@@ -20,9 +20,10 @@ from plain_hub import Failure, PlainHub
 
 from adapterbay.registry import Registry
 from adapterbay.registry.digest import digest_bytes
-from adapterbay.registry.errors import Conflict, Corrupted, InvalidReference, NotFound, Rejected, Unavailable
-from adapterbay.registry.hub import aliases as alias_moves
+from adapterbay.registry.errors import Corrupted, InvalidReference, NotFound, Rejected, Unavailable
 from adapterbay.registry.hub.backend import HubRegistry
+from adapterbay.registry.hub.ledger import MAX_LEDGER_BYTES
+from adapterbay.registry.manifest import FileEntry, Manifest
 from adapterbay.registry.portable import LEDGER_PATH, MANIFEST_PATH, OWN_README_PATH
 
 Content = Callable[[int], Path]
@@ -316,6 +317,59 @@ def test_a_ledger_that_is_none(plain: PlainHub, registry: HubRegistry, content: 
     assert LEDGER_PATH in caught.value.message
 
 
+def test_what_is_too_large_is_not_fetched(
+    plain: PlainHub, registry: HubRegistry, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receipt = registry.push(content(1), "tales")
+    tree = plain.repos[NAME].head.tree
+    tree["adapter_model.safetensors"] += b"much more than the manifest says"
+    with pytest.raises(Corrupted):
+        registry.snapshot("tales")
+    assert not any("/resolve/" in request and "safetensors" in request for request in plain.requests)
+    tree[LEDGER_PATH] = b" " * (MAX_LEDGER_BYTES + 1)
+    plain.repos[NAME].add(dict(tree), "by hand")
+    plain.requests.clear()
+    with pytest.raises(Rejected) as caught:
+        registry.resolve("tales@1")
+    assert caught.value.reason == "TOO_LARGE"
+    assert not any(LEDGER_PATH in request for request in plain.requests)
+    assert receipt.version == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("evil.py", "CODE_IN_FOLDER"), ("more.bin", "PICKLE"), ("notes.txt", "BAD_MANIFEST")],
+)
+def test_a_manifest_that_names_what_is_never_fetched(
+    plain: PlainHub, registry: HubRegistry, content: Content, path: str, reason: str
+) -> None:
+    manifest = registry.push(content(1), "tales").manifest
+    entry = FileEntry(path=path, digest=digest_bytes(b"x"), size=1)
+    lying = manifest.model_copy(update={"files": (*manifest.files, entry)})
+    lying = Manifest.model_validate(lying.model_dump())
+    repo = plain.repos[NAME]
+    ledger = json.loads(repo.head.tree[LEDGER_PATH])
+    ledger["versions"][0]["digest"] = lying.digest
+    changed = {path: b"x", MANIFEST_PATH: lying.to_bytes(), LEDGER_PATH: json.dumps(ledger).encode()}
+    repo.tags["v1"] = repo.add({**repo.head.tree, **changed}, "by hand")
+    plain.requests.clear()
+    with pytest.raises(Rejected) as caught:
+        registry.snapshot("tales@1")
+    assert caught.value.reason == reason
+    assert not any(path in request for request in plain.requests)
+
+
+def test_a_registry_of_one_repository(plain: PlainHub, registry: HubRegistry, content: Content, tmp_path: Path) -> None:
+    registry.push(content(1), "songs")
+    one = HubRegistry("hub:team/tales", endpoint=plain.endpoint, cache=tmp_path / "hub-cache")
+    assert one.push(content(1), "tales").name == NAME
+    assert [summary.name for summary in one.adapters()] == [NAME]
+    assert one.verify().checked_versions == 1
+    for name in ("songs", "team/songs", "other/tales"):
+        with pytest.raises(InvalidReference):
+            one.resolve(name)
+
+
 def test_a_version_deleted_on_our_server(
     server: ServerProcess, hub: Callable[[], HubRegistry], content: Content, tmp_path: Path
 ) -> None:
@@ -337,94 +391,3 @@ def test_a_version_deleted_on_our_server(
     assert [record.version for record in registry.versions("tales")] == [1, 4, 5]
     assert registry.verify().ok
     store.close()
-
-
-# Aliases
-
-
-def test_aliases_moved_in_the_store_of_our_server(
-    server: ServerProcess, hub: Callable[[], HubRegistry], content: Content
-) -> None:
-    registry = hub()
-    for number in (1, 2, 3):
-        registry.push(content(number), "tales", aliases=["champion"] if number < 3 else [])
-    store = Registry.open(server.store)
-    store.set_alias(NAME, "champion", 3)
-    store.push(content(4), NAME)
-    assert registry.aliases("tales") == {"champion": 3}
-    assert registry.rollback("tales", "champion").version == 2
-    assert store.aliases(NAME) == {"champion": 2}
-    moves = [event for event in store.history(NAME) if event.alias == "champion"]
-    assert [(event.kind, event.previous_version, event.version) for event in moves] == [
-        ("alias_set", None, 1),
-        ("alias_set", 1, 2),
-        ("alias_set", 2, 3),
-        ("alias_set", 3, 2),
-    ], "each at one instant: never removed on the way"
-    assert registry.verify().ok
-    store.close()
-
-
-def test_a_tag_at_no_version_is_no_alias(plain: PlainHub, registry: HubRegistry, content: Content) -> None:
-    registry.push(content(1), "tales")
-    repo = plain.repos[NAME]
-    repo.tags["champion"] = repo.commits[0].sha
-    assert registry.aliases("tales") == {}
-    assert [problem.kind for problem in registry.verify().problems] == ["alias"]
-    with pytest.raises(NotFound):
-        registry.resolve("tales@champion")
-    repo.add({**repo.head.tree, "adapterbay/aliases.jsonl": b"{}\n"}, "by hand")
-    assert {problem.kind for problem in registry.verify().problems} == {"alias", "journal"}
-
-
-def test_an_alias_on_the_move_is_still_there(
-    plain: PlainHub, registry: HubRegistry, content: Content, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registry.push(content(1), "tales")
-    registry.push(content(2), "tales", aliases=["champion"])
-    del plain.repos[NAME].tags["champion"]  # a mover between its two requests
-    assert registry.resolve("tales@champion").version == 2
-    monkeypatch.setattr(alias_moves, "SETTLE_SECONDS", 0.0)
-    with pytest.raises(NotFound):
-        registry.resolve("tales@champion")
-    assert [problem.kind for problem in registry.verify().problems] == ["alias"]
-    assert registry.set_alias("tales", "champion", 1).previous is None
-    assert registry.verify().ok
-
-
-def test_a_mover_waits_for_the_one_before(
-    plain: PlainHub, registry: HubRegistry, content: Content, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registry.push(content(1), "tales", aliases=["champion"])
-    registry.push(content(2), "tales")
-    registry.set_alias("tales", "champion", 2)
-    repo = plain.repos[NAME]
-    repo.tags["champion"] = repo.tags["v1"]  # as if the mover to 2 had not come to its tag yet
-    threading.Timer(1.0, lambda: repo.tags.update(champion=repo.tags["v2"])).start()
-    move = registry.set_alias("tales", "champion", 1)
-    assert (move.previous, move.version) == (2, 1)
-    repo.tags["champion"] = repo.tags["v2"]
-    monkeypatch.setattr(alias_moves, "MAX_ATTEMPTS", 2)
-    with pytest.raises(Conflict):
-        registry.set_alias("tales", "champion", 1)
-    monkeypatch.setattr(alias_moves, "SETTLE_SECONDS", 0.0)
-    assert registry.set_alias("tales", "champion", 1).previous == 2
-
-
-def test_a_move_that_the_server_refuses_leaves_the_alias(
-    plain: PlainHub, registry: HubRegistry, content: Content
-) -> None:
-    registry.push(content(1), "tales", aliases=["champion"])
-    registry.push(content(2), "tales")
-    plain.failures.append(Failure("POST /api/models/team/tales/tag/", 409))
-    plain.failures.append(Failure("POST /api/models/team/tales/tag/", 500))
-    with pytest.raises(Unavailable):
-        registry.set_alias("tales", "champion", 2)
-    assert plain.repos[NAME].tags["champion"] == plain.repos[NAME].tags["v1"]
-
-
-@pytest.mark.parametrize("alias", ["v3", "main"])
-def test_names_of_the_hub_are_no_aliases(registry: HubRegistry, content: Content, alias: str) -> None:
-    registry.push(content(1), "tales")
-    with pytest.raises(InvalidReference):
-        registry.set_alias("tales", alias, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,19 @@ def test_sigterm_ends_it_quietly(start_hub: Callable[..., Hub], llama: Tiny) -> 
     assert "method=GET path=/api/models/team/x status=200" in log
     assert "caller=alice" in log
     assert hub.token("alice") not in log
+
+
+def test_it_says_that_tokens_travel_open(tmp_path: Path) -> None:
+    command = registry_command(
+        "serve", "--registry", tmp_path / "r", "--port", 0, "--host", "0.0.0.0", "--anonymous", "read"
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(2)]
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+    assert lines[0].startswith("Tokens travel unencrypted: put a proxy with TLS in front")
+    assert "export HF_ENDPOINT=http://0.0.0.0:" in lines[1]
 
 
 def test_mistakes_at_the_start(start_hub: Callable[..., Hub], tmp_path: Path) -> None:
@@ -62,8 +76,6 @@ def test_without_starlette_it_says_what_to_install(tmp_path: Path) -> None:
         "from adapterbay.registry.cli.common import app\n"
         "app(['serve', '--anonymous', 'read', '--registry', sys.argv[1]])\n"
     )
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "r")], capture_output=True, text=True, check=False, timeout=60
     )
@@ -76,8 +88,6 @@ def test_the_registry_loads_without_starlette() -> None:
         "import adapterbay.registry, adapterbay.registry.cli, adapterbay.registry.cli.serving, sys; "
         "assert not {'starlette', 'uvicorn'} & set(sys.modules)"
     )
-    import sys
-
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

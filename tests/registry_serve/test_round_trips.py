@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from registry_serve.tools import Hub, files_of, new_weights
 from registry_tools import Tiny
 
@@ -240,6 +240,36 @@ def test_deleted_versions(hub: Hub, llama: Tiny, tmp_path: Path) -> None:
     assert "team/gone" not in [info.id for info in api.list_models()]
     assert store.push(llama.adapter, "team/gone").version == 4
     assert get("v4", "adapter_config.json") == (llama.adapter / "adapter_config.json").read_bytes()
+
+
+def test_a_signature_that_comes_later(hub: Hub, llama: Tiny, tmp_path: Path) -> None:
+    """Signed here after it was seen there, or by a client: in both cases it is a file of the version."""
+    pytest.importorskip("model_signing")
+    from signing_tools import make_keys
+
+    from adapterbay.registry.signing import sign, verify_signature
+
+    keys = make_keys(tmp_path, "one")
+    store = Registry.open(hub.store)
+    store.push(llama.adapter, "team/signed")
+    api = hub.api()
+    unsigned = api.model_info("team/signed").sha
+    snapshot = store.snapshot("team/signed")
+    bundle = sign(snapshot, keys.private)
+    store.attach_signature("team/signed", 1, bundle, key=keys.fingerprint)
+    assert [commit.title for commit in api.list_repo_commits("team/signed")] == ["Signature of version 1", "Version 1"]
+    assert "adapterbay/model.sig" in api.list_repo_files("team/signed", revision="v1")
+    assert "adapterbay/model.sig" not in api.list_repo_files("team/signed", revision=unsigned)
+
+    api.create_repo("team/signed-there")
+    api.upload_folder(repo_id="team/signed-there", folder_path=llama.adapter)
+    api.upload_file(repo_id="team/signed-there", path_in_repo="adapterbay/model.sig", path_or_fileobj=bundle)
+    assert [record.version for record in store.versions("team/signed-there")] == [1]
+    resolved = store.resolve("team/signed-there")
+    assert resolved.digest == store.resolve("team/signed").digest
+    assert verify_signature(snapshot, store.signature(resolved.digest), [keys.public]) == keys.fingerprint
+    with pytest.raises(HfHubHTTPError, match="signature"):
+        api.upload_file(repo_id="team/signed-there", path_in_repo="adapterbay/model.sig", path_or_fileobj=b"{}")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from adapterbay.registry.admission import AdmissionReport, Limits, admit, unders
 from adapterbay.registry.admission.documents import read_document
 from adapterbay.registry.admission.evidence import base_of_card, own_chat_template, training_evidence
 from adapterbay.registry.admission.folder import STORED_FILES, PeftFolder
+from adapterbay.registry.admission.neighbours import inner_adapters, is_checkpoint
 from adapterbay.registry.admission.origins import FindBase, Origin, base_at, base_named, find_labels, find_task
 from adapterbay.registry.base import BaseFiles, BaseReference, locate
 from adapterbay.registry.base.fingerprint import chat_template
@@ -184,11 +185,18 @@ def _tokenizer_findings(folder: PeftFolder, base: BaseFiles, training: Mapping[s
 
 
 def _left_out(folder: PeftFolder) -> list[str]:
-    names = [name if is_plain(name) else ascii(name) for name in folder.left_out]
-    if not names:
-        return []
+    findings = []
+    others = [name for name in inner_adapters(folder.path) if not is_checkpoint(name)] if folder.path else []
+    if others:
+        findings.append(f"more adapters in {_some(others)}: push them one by one")
+    if folder.left_out:
+        findings.append(f"left out: {_some(folder.left_out)}")
+    return findings
+
+
+def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return [f"left out: {', '.join(names[:MAX_NAMED])}{more}"]
+    return ", ".join(name if is_plain(name) else ascii(name) for name in names[:MAX_NAMED]) + more
 
 
 def _manifest(

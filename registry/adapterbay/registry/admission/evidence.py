@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from adapterbay.registry.admission.documents import STATE_FILE, read_bytes, read_document
 from adapterbay.registry.admission.front_matter import front_matter
@@ -24,7 +24,7 @@ from adapterbay.registry.manifest import README_FILE, is_plain
 RESULT_FILES: Final = ("eval_results.json", "all_results.json")
 MAX_METRICS: Final = 100
 
-_NO_RESULTS = re.compile(r"epoch|step|total_flos|.*_(runtime|per_second|preparation_time)|.*_samples|num_.*")
+_NO_RESULTS = re.compile(r"epoch|step|total_flos|(.*_)?(runtime|per_second|preparation_time|samples)|num_.*")
 """Timings and counts that the Trainer mixes with metrics."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
 
@@ -109,9 +109,9 @@ def _best_elsewhere(state: Mapping[str, Any], folder_name: str) -> int | None:
     """
     step, best = state.get("global_step"), state.get("best_global_step")
     named = _CHECKPOINT.fullmatch(folder_name)
-    if not _is_count(best) or best == step or (named and _is_count(step) and int(named[1]) == step):
+    if best == step or (named and _is_count(step) and int(named[1]) == step):
         return None
-    return int(best)
+    return best if _is_count(best) else None
 
 
 def _plain_metrics(values: Mapping[str, Any]) -> dict[str, float]:
@@ -214,9 +214,9 @@ def own_chat_template(beside: Mapping[str, Path]) -> Any:
     return None
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1000

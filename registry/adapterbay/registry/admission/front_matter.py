@@ -70,7 +70,6 @@ def _pairs(lines: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _unquoted(text: str) -> str:
-    text = text.strip()
-    if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]:
-        return text[1:-1]
-    return text.partition(" #")[0].strip()
+    text = text.partition(" #")[0].strip()
+    quoted = len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]
+    return text[1:-1] if quoted else text

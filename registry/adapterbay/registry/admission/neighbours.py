@@ -24,6 +24,8 @@ def missing_file(root: Path | None, required: str) -> Rejected:
         best = best_checkpoint(root, inner)
         if best is not None:
             text += f" By its {STATE_FILE}, {best} is the best."
+    elif root is not None and (root / "config.json").is_file() and any(root.glob("model*.safetensors")):
+        text += " It is a whole model: adapters alone are stored, not what was merged into a base."
     return Rejected(text, reason="MISSING_FILE", metadata={"file": required})
 
 
@@ -36,6 +38,11 @@ def inner_adapters(root: Path) -> list[str]:
         if entry.name.isprintable() and entry.is_dir() and (entry / CONFIG_FILE).is_file():
             found.append(entry.name)
     return sorted(found, key=_natural)
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a folder is named as transformers' Trainer names its checkpoints."""
+    return re.fullmatch(r"checkpoint-\d+", name) is not None
 
 
 def best_checkpoint(root: Path, inner: list[str]) -> str | None:

@@ -11,7 +11,7 @@ from typing import Final
 from adapterbay.registry.actor import actor, plain
 from adapterbay.registry.admission.candidate import Wishes, as_labels
 from adapterbay.registry.base import BaseReference
-from adapterbay.registry.errors import Corrupted, InvalidReference, Rejected, Unavailable
+from adapterbay.registry.errors import Corrupted, InvalidReference, NotFound, Rejected, Unavailable
 from adapterbay.registry.hub import aliases as moves
 from adapterbay.registry.hub.answers import events, record, records, summary
 from adapterbay.registry.hub.checks import Verification
@@ -21,7 +21,6 @@ from adapterbay.registry.hub.names import Namespace, check_hub_alias
 from adapterbay.registry.hub.push import prepared, push
 from adapterbay.registry.hub.repository import RepositoryState
 from adapterbay.registry.hub.resolution import Found, find, note
-from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.portable import LEDGER_PATH, write_folder
 from adapterbay.registry.reference import HubReference, check_alias
 from adapterbay.registry.views import (
@@ -167,12 +166,11 @@ class HubRegistry:
                 metadata={"digest": found.digest},
             )
         if not self.client.offline:
-            note(self.client, found)
+            try:
+                note(self.client, found)
+            except (NotFound, Unavailable) as error:
+                _log.warning("%s cannot be found by its names while offline: %s", parsed, error.message)
         return snapshot
-
-    def manifest(self, reference: str) -> Manifest:
-        """The manifest of what a reference means now; its files are fetched only if it was pushed with plain PEFT."""
-        return self.snapshot(reference).manifest
 
     def pull(self, reference: str, destination: str | Path) -> Path:
         """Writes a version as a folder that plain PEFT loads, whole or not at all. Returns its path.

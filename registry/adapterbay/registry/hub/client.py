@@ -21,9 +21,10 @@ from huggingface_hub import (
     hf_hub_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
+from adapterbay.registry.admission import check_path
 from adapterbay.registry.errors import NotFound, Rejected
 from adapterbay.registry.hub.failures import hub_errors
 from adapterbay.registry.hub.names import MAIN
@@ -103,15 +104,6 @@ class HubClient:
         heads = [branch.target_commit for branch in found.branches if branch.name == MAIN]
         return Refs(heads[0] if heads else None, {tag.name: tag.target_commit for tag in found.tags})
 
-    def exists(self, name: str) -> bool:
-        """Whether there is such a repository that may be read."""
-        with hub_errors(name):
-            try:
-                self._api.repo_info(name)
-            except RepositoryNotFoundError:
-                return False
-        return True
-
     def commits(self, name: str, revision: str = MAIN) -> list[Commit]:
         """The commits of a branch, or up to a commit; the newest first."""
         with hub_errors(f"{name} at {revision}"):
@@ -151,8 +143,11 @@ class HubClient:
 
         Raises Rejected for a file that is never fetched, NotFound if the commit does not have it.
         """
+        check_path(path)
         if not path.endswith(FETCHED_SUFFIXES):
-            raise Rejected(f"{path} of {name} is not fetched: only {', '.join(FETCHED_SUFFIXES)} are.", reason="PICKLE")
+            raise Rejected(
+                f"{path} of {name} is not fetched: only {', '.join(FETCHED_SUFFIXES)} are.", reason="BAD_MANIFEST"
+            )
         with hub_errors(f"{path} of {name} at {commit}"):
             return Path(
                 hf_hub_download(
@@ -178,16 +173,24 @@ class HubClient:
         cached = try_to_load_from_cache(name, path, cache_dir=self._cache, revision=commit)
         if cached is not None and not isinstance(cached, str):  # known not to be there
             return None
-        try:
-            place = self.fetch(name, commit, path)
-        except NotFound as error:
-            if isinstance(error.__cause__, EntryNotFoundError):
-                return None
-            raise
-        size = place.stat().st_size
+        size = Path(cached).stat().st_size if cached else self.size(name, commit, path) or 0
         if size > limit:
             raise Rejected(f"{path} of {name} has {size} bytes, over {limit}.", reason="TOO_LARGE")
-        return place.read_bytes()
+        try:
+            return self.fetch(name, commit, path).read_bytes()
+        except NotFound as error:
+            if isinstance(error.__cause__, EntryNotFoundError):  # from now on the cache knows it
+                return None
+            raise
+
+    def size(self, name: str, commit: str, path: str) -> int | None:
+        """The size in bytes of a file of a commit, before it is fetched; None if it is not there, or offline."""
+        there = None if self.offline else self.files(name, commit).get(path)
+        return None if there is None else there.size
+
+    def is_cached(self, name: str, commit: str, path: str) -> bool:
+        """Whether the cache has a file of a commit."""
+        return isinstance(try_to_load_from_cache(name, path, cache_dir=self._cache, revision=commit), str)
 
     def snapshot_path(self, name: str, commit: str, path: str) -> Path:
         """Where the cache keeps a file of a commit, whether it is there or not."""

@@ -70,6 +70,11 @@ def fetch_snapshot(client: HubClient, name: str, commit: str) -> Snapshot:
     Raises Corrupted that names the file, or what `manifest_of` raises.
     """
     manifest = manifest_of(client, name, commit)
+    limits = Limits()
+    for entry in manifest.files:
+        limit = limits.weights_bytes if entry.path == WEIGHTS_FILE else limits.document_bytes
+        if entry.size > limit:
+            raise Rejected(f"{entry.path} of {name} has {entry.size} bytes, over {limit}.", reason="TOO_LARGE")
     files = {entry.path: fetch_entry(client, name, commit, entry) for entry in manifest.files}
     return Snapshot(manifest, files, client.document(name, commit, SIGNATURE_PATH, MAX_DOCUMENT_BYTES))
 
@@ -79,13 +84,15 @@ def fetch_entry(client: HubClient, name: str, commit: str, entry: FileEntry) -> 
     place = entry.path
     if place == README_FILE and client.document(name, commit, OWN_README_PATH, MAX_DOCUMENT_BYTES) is not None:
         place = OWN_README_PATH
-    path = client.fetch(name, commit, place)
-    if _is(path, entry):
-        return path
-    if not client.offline:
-        path = client.fetch(name, commit, place, again=True)
+    size = None if client.is_cached(name, commit, place) else client.size(name, commit, place)
+    if size in (None, entry.size):  # what has another size is not fetched at all
+        path = client.fetch(name, commit, place)
         if _is(path, entry):
             return path
+        if not client.offline and client.size(name, commit, place) == entry.size:
+            path = client.fetch(name, commit, place, again=True)
+            if _is(path, entry):
+                return path
     raise Corrupted(
         f"{place} of {name} at {commit} is not what the manifest there says ({entry.digest}): it was changed without "
         "adapterbay, or damaged. Ask for another version, or push the adapter again.",
@@ -124,7 +131,7 @@ def _plain_files(client: HubClient, name: str, commit: str) -> list[str]:
     """What is fetched of a plain PEFT repository: never pickles, never code."""
     if client.offline:
         wanted = (*STORED_FILES, *_FETCHED_DOCUMENTS)
-        return [path for path in wanted if client.snapshot_path(name, commit, path).is_file()] or [CONFIG_FILE]
+        return [path for path in wanted if client.is_cached(name, commit, path)] or [CONFIG_FILE]
     there = client.files(name, commit)
     for required in (CONFIG_FILE, WEIGHTS_FILE):
         if required not in there:

@@ -95,7 +95,10 @@ def _of_digest(state: RepositoryState, digest: str) -> Found:
 
 
 def note(client: HubClient, found: Found) -> None:
-    """Has the cache remember what names a version has, after its files were fetched, for a time without a network."""
+    """Has the cache remember what names a version has, after its files were fetched, for a time without a network.
+
+    Raises Unavailable and NotFound; the files are there all the same.
+    """
     read_ledger(client, found.name, found.commit)
     own = own_manifest(client, found.name, found.commit) is not None
     refs = client.refs(found.name)

@@ -26,6 +26,7 @@ from adapterbay.registry.errors import (
     TaskMismatch,
     Unavailable,
     UnsupportedMethod,
+    Untrusted,
 )
 
 CODE_HEADER: Final = "X-Error-Code"
@@ -42,6 +43,7 @@ _STATUS: Final[tuple[tuple[type[AdapterbayError], int], ...]] = (
     (UnsupportedMethod, 422),
     (NoEffect, 422),
     (TaskMismatch, 422),
+    (Untrusted, 422),
     (StaleAlias, 409),
     (Conflict, 409),
     (PromotionRefused, 403),

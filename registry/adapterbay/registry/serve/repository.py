@@ -14,6 +14,7 @@ from typing import Final
 
 from adapterbay.registry.digest import is_digest
 from adapterbay.registry.errors import Conflict, InvalidReference, NotFound
+from adapterbay.registry.hub.ledger import ALIAS_LOG_PATH
 from adapterbay.registry.local.blobs import Staged
 from adapterbay.registry.local.commits import Commit, CommitLog, Draft, VersionRow
 from adapterbay.registry.local.store import Registry
@@ -245,6 +246,8 @@ class Repositories:
                 tree = {**current.tree, SIGNATURE_PATH: self.files.signature(row)}
             elif not row.deleted:
                 tree, staged = self.files.of_version(staging, name, row)
+            if current is not None and ALIAS_LOG_PATH in current.tree:  # what clients know of moves goes on
+                tree[ALIAS_LOG_PATH] = current.tree[ALIAS_LOG_PATH]
             draft = Draft(tree, missing.title, "", row.by or SERVER, row.version)
 
             def build(_: object, now: Commit | None) -> Iterator[Draft]:

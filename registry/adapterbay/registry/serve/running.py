@@ -15,6 +15,7 @@ from adapterbay.registry.errors import Unavailable
 from adapterbay.registry.serve.app import make_app
 from adapterbay.registry.serve.settings import ServeSettings
 
+LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 SHUTDOWN_SECONDS: Final = 30
 KEEP_ALIVE_SECONDS: Final = 75
 MAX_HEADER_BYTES: Final = 64 * 1024
@@ -44,6 +45,10 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
+    if settings.host not in LOOPBACK and not url.startswith("https:"):
+        say(
+            "Tokens travel unencrypted: put a proxy with TLS in front and say where it is with --public-url https://..."
+        )
     say(f"registry {settings.registry} at {url}   (clients: export HF_ENDPOINT={url} HF_TOKEN=...)")
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when everything is finished
     uvicorn.Server(config).run(sockets=[listening])

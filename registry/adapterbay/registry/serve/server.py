@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 from urllib.parse import unquote, urlencode
 
+from anyio import CapacityLimiter
 from starlette.requests import Request
 
 from adapterbay.registry.local.store import Registry
@@ -18,6 +19,8 @@ from adapterbay.registry.serve.settings import ServeSettings
 from adapterbay.registry.serve.tokens import TokenFile
 
 WARNING_HEADER: Final = "X-HF-Warning"
+CONCURRENT_COMMITS: Final = 8
+"""Admissions at one time; those that wait leave the threads of readers alone."""
 
 
 class Server:
@@ -30,6 +33,7 @@ class Server:
         self.repositories.log.sweep()
         self.bases = Bases(settings.bases)
         self.committer = Committer(self.repositories, self.bases)
+        self.commits = CapacityLimiter(CONCURRENT_COMMITS)
         self.tokens = TokenFile(settings.tokens_path)
         self.gate = Gatekeeper(self.tokens, settings.anonymous)
         self.uploads: Recent[tuple[str, str], bool] = Recent(10_000)  # (adapter, digest) that came by LFS

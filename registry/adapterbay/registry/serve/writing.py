@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from anyio import to_thread
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -224,7 +225,7 @@ async def commit(request: Request) -> Response:
         incoming = Incoming(
             name, caller.name, header, operations, staging, lambda digest: may_use(server, caller, name, digest)
         )
-        made = await run_in_threadpool(server.committer.commit, incoming)
+        made = await to_thread.run_sync(server.committer.commit, incoming, limiter=server.commits)
     return JSONResponse(
         {"success": True, "commitOid": made.sha, "commitUrl": address(request, f"{name}/commit/{made.sha}")}
     )
