@@ -45,13 +45,19 @@ def run(settings: ServeSettings, say: Callable[[str], None]) -> None:
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
+    server = uvicorn.Server(config)
+
+    def stop(*_: object) -> None:
+        """For a signal before uvicorn has its own handler, and after: it raises it once more when all is finished."""
+        server.should_exit = True
+
+    signal.signal(signal.SIGTERM, stop)
     if settings.host not in LOOPBACK and not url.startswith("https:"):
         say(
             "Tokens travel unencrypted: put a proxy with TLS in front and say where it is with --public-url https://..."
         )
     say(f"registry {settings.registry} at {url}   (clients: export HF_ENDPOINT={url} HF_TOKEN=...)")
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when everything is finished
-    uvicorn.Server(config).run(sockets=[listening])
+    server.run(sockets=[listening])
 
 
 def _listen(settings: ServeSettings) -> socket.socket:
