@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_tools import checked, look
+from hostile_tools import checked, look, unstaged
 from registry_tools import Draft, Tiny
 
 from adapterbay.registry import BaseReference, locate
