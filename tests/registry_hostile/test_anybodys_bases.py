@@ -15,9 +15,7 @@ from adapterbay.registry import BaseReference, locate
 from adapterbay.registry.admission.candidate import Wishes, examine
 from adapterbay.registry.admission.folder import from_files
 from adapterbay.registry.base import BaseFiles
-from adapterbay.registry.digest import digest_file
 from adapterbay.registry.errors import BaseNotFound, InvalidArgument
-from adapterbay.registry.local.blobs import Staged
 from adapterbay.registry.manifest import Manifest
 
 DraftOf = Callable[[Tiny], Draft]
@@ -162,9 +160,6 @@ def test_a_finder_is_asked_for_the_path_of_a_cache_only_after_its_name(llama: Ti
         raise BaseNotFound("No.")
 
     found = from_files({file.name: file for file in one.path.iterdir()})
-    staged = {
-        name: Staged(file, digest_file(file), file.stat().st_size, stored=False) for name, file in found.files.items()
-    }
     with pytest.raises(BaseNotFound, match="--base"):
-        examine(found, staged, Wishes(), find_base=finder)
+        examine(found, unstaged(found), Wishes(), find_base=finder)
     assert asked == [f"hub:org/tiny@{COMMIT}", f"folder:{path}"]

@@ -80,7 +80,7 @@ def _plain(value: str) -> str:
 def unusable(error: ValidationError) -> Rejected:
     """The first thing that is wrong with a manifest."""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(part if isinstance(part, str) and part.isidentifier() else repr(part) for part in first["loc"])
     return Rejected(f"The manifest is not valid: {place[:100]}: {first['msg'][:300]}.", reason="BAD_MANIFEST")
 
 

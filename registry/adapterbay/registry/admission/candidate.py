@@ -161,8 +161,8 @@ def _base(
     fingerprint = wishes.claimed.base_fingerprint if wishes.claimed else (recorded or {}).get("fingerprint")
     if fingerprint is not None and fingerprint != base.fingerprint:
         raise BaseMismatch(
-            f"The adapter was trained on a base with the fingerprint {str(fingerprint)[:80]}, but {base.reference} has "
-            f"{base.fingerprint}. Pass --base to say where the right one is.",
+            f"The adapter was trained on a base with the fingerprint {str(fingerprint)[:80]!r}, but {base.reference} "
+            f"has {base.fingerprint}. Pass --base to say where the right one is.",
             expected=base.fingerprint,
             actual=str(fingerprint)[:80],
         )

@@ -18,12 +18,15 @@ MAX_VALUES: Final = 500_000
 """A list item costs Python some 60 bytes where JSON needs two."""
 
 
-def read_bytes(source: Path | bytes, what: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """A whole file. Raises Rejected with reason TOO_LARGE, or what `open_regular` raises."""
+def read_bytes(source: Path | bytes, what: str, max_bytes: int = MAX_BYTES, *, follow: bool = True) -> bytes:
+    """A whole file; without `follow` the path itself may be no link.
+
+    Raises Rejected with reason TOO_LARGE, or what `open_regular` raises.
+    """
     if isinstance(source, bytes):
         data = source[: max_bytes + 1]
     else:
-        with open_regular(source, what) as file:
+        with open_regular(source, what, follow=follow) as file:
             # As much as is asked for is allocated at once.
             data = file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
     if len(data) > max_bytes:
@@ -31,6 +34,8 @@ def read_bytes(source: Path | bytes, what: str, max_bytes: int = MAX_BYTES) -> b
     return data
 
 
-def read_document(source: Path | bytes, what: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read_document(
+    source: Path | bytes, what: str, max_bytes: int = MAX_BYTES, *, follow: bool = True
+) -> dict[str, Any]:
     """A JSON object. Raises Rejected: TOO_LARGE or BAD_JSON, or what `open_regular` raises."""
-    return parse_json_object(read_bytes(source, what, max_bytes), what, max_values=MAX_VALUES)
+    return parse_json_object(read_bytes(source, what, max_bytes, follow=follow), what, max_values=MAX_VALUES)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Final, TypeGuard
 
 from adapterbay.registry.admission.documents import STATE_FILE, read_bytes, read_document
-from adapterbay.registry.admission.front_matter import front_matter
+from adapterbay.registry.admission.front_matter import MAX_FRONT_MATTER, front_matter
+from adapterbay.registry.admission.regular_file import open_regular
 from adapterbay.registry.errors import AdapterbayError
 from adapterbay.registry.manifest import README_FILE, is_plain
 
@@ -46,7 +47,7 @@ def training_evidence(beside: Mapping[str, Path], readme: Path | None, folder_na
     for name in (*RESULT_FILES, STATE_FILE):
         if name in beside:
             try:
-                documents[name] = read_document(beside[name], name)
+                documents[name] = read_document(beside[name], name, follow=False)
             except AdapterbayError as error:
                 findings.append(f"{name} was not read: {error.message}")
     metrics, origin, problem = _metrics(documents, folder_name)
@@ -61,17 +62,11 @@ def training_evidence(beside: Mapping[str, Path], readme: Path | None, folder_na
         record |= course
         sources.append(STATE_FILE)
         findings.append(f"{_course_line(course)} (from {STATE_FILE})")
-    if readme is not None:
-        try:
-            card = front_matter(read_bytes(readme, README_FILE))
-        except AdapterbayError as error:
-            findings.append(f"{README_FILE} was not read: {error.message}")
-        else:
-            found = _card(card)
-            if found:
-                record |= found
-                sources.append(README_FILE)
-                findings.append(f"{_card_line(found)} (from {README_FILE})")
+    found = _card(_front_matter_of(readme))
+    if found:
+        record |= found
+        sources.append(README_FILE)
+        findings.append(f"{_card_line(found)} (from {README_FILE})")
     if not record:
         return Evidence(None, tuple(findings))
     return Evidence({"source": ", ".join(dict.fromkeys(sources)), **record}, tuple(findings))
@@ -190,10 +185,15 @@ def _card_line(found: Mapping[str, Any]) -> str:
 
 def base_of_card(readme: Path | None) -> str | None:
     """The one base that a model card names as `ORG/REPO`; None if there is none or several."""
-    if readme is None:
-        return None
-    named = front_matter(read_bytes(readme, README_FILE)).get("base_model", [])
+    named = _front_matter_of(readme).get("base_model", [])
     return named[0] if len(named) == 1 else None
+
+
+def _front_matter_of(readme: Path | None) -> dict[str, list[str]]:
+    if readme is None:
+        return {}
+    with open_regular(readme, README_FILE) as file:
+        return front_matter(file.read(MAX_FRONT_MATTER))
 
 
 def own_chat_template(beside: Mapping[str, Path]) -> Any:
@@ -203,12 +203,12 @@ def own_chat_template(beside: Mapping[str, Path]) -> Any:
     """
     if "chat_template.jinja" in beside:
         try:
-            return read_bytes(beside["chat_template.jinja"], "chat_template.jinja").decode("utf-8")
+            return read_bytes(beside["chat_template.jinja"], "chat_template.jinja", follow=False).decode("utf-8")
         except UnicodeDecodeError:
             return None
     for name in ("chat_template.json", "tokenizer_config.json"):
         if name in beside:
-            template = read_document(beside[name], name).get("chat_template")
+            template = read_document(beside[name], name, follow=False).get("chat_template")
             if template is not None:
                 return template
     return None

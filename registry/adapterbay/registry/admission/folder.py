@@ -161,7 +161,8 @@ def _inside(entry: Path, name: str, root: Path) -> Path:
         real = entry.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise Rejected(f"{name} is a link that leads nowhere.", reason="MISSING_FILE") from error
-    if entry.is_symlink() and real.parent != entry.parent and real.parent != _hub_blobs(root):
+    # Where it led is what counts, not whether `entry` is a link now: it may have been swapped since.
+    if real.parent != entry.parent and real.parent != _hub_blobs(root):
         raise Rejected(
             f"{name} is a link that leaves the folder (to {real}): copy the file in its place.",
             reason="PATH_OUTSIDE",

@@ -87,7 +87,7 @@ def _check_heads(config: Mapping[str, Any]) -> None:
     others = sorted(set(config.get("modules_to_save") or []) - set(HEAD_MODULES))
     if others:
         raise UnsupportedMethod(
-            f"modules_to_save={', '.join(others)[:100]} is not served yet: only a head of one linear layer "
+            f"modules_to_save={', '.join(map(repr, others))[:100]} is not served yet: only a head of one linear layer "
             f"({' or '.join(HEAD_MODULES)}) is.",
             metadata={"peft_type": "LORA", "field": "modules_to_save"},
         )
@@ -126,7 +126,7 @@ def _is_int(value: Any) -> bool:
 
 def _refuse(key: str, value: Any, wanted: str) -> NoReturn:
     raise Rejected(
-        f"adapter_config.json has {key}={str(value)[:80]}, but it must be {wanted}.",
+        f"adapter_config.json has {key}={repr(value)[:80]}, but it must be {wanted}.",
         reason="BAD_CONFIG",
         metadata={"field": key},
     )

@@ -101,7 +101,7 @@ def match_tensors(
     for key, tensor in header.tensors.items():
         if tensor.dtype not in FLOAT_DTYPES:
             raise Rejected(
-                f"The tensor {key[:200]} has the dtype {tensor.dtype}: save it as F32, BF16 or F16.",
+                f"The tensor {key[:200]!r} has the dtype {tensor.dtype}: save it as F32, BF16 or F16.",
                 reason="UNSUPPORTED_DTYPE",
                 metadata={"tensor": key[:200]},
             )
@@ -124,9 +124,11 @@ def _no_place(key: str) -> Exception:
     if match := _EMBEDDING_KEY.fullmatch(key):
         return _not_served_yet(match["module"])
     if _HEAD_LAYER_KEY.fullmatch(key):
-        return UnsupportedMethod(f"The head tensor {key[:200]} is not served yet: only a head of one linear layer is.")
+        return UnsupportedMethod(
+            f"The head tensor {key[:200]!r} is not served yet: only a head of one linear layer is."
+        )
     return Rejected(
-        f"The tensor {key[:200]} has no place: it is neither A or B of a LoRA module nor a head.",
+        f"The tensor {key[:200]!r} has no place: it is neither A or B of a LoRA module nor a head.",
         reason="UNKNOWN_TENSOR",
         metadata={"tensor": key[:200]},
     )

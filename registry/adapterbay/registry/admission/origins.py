@@ -241,7 +241,7 @@ def _find_labels(
             raise Rejected(f"{TRAINING_FILE} has labels that are not a list of text.", reason="BAD_CONFIG")
         return tuple(found), f"from {TRAINING_FILE}"
     if "config.json" in beside:
-        names = _id2label(read_document(beside["config.json"], "config.json"))
+        names = _id2label(read_document(beside["config.json"], "config.json", follow=False))
         if names is not None:
             return names, "from config.json"
     return tuple(str(row) for row in range(rows)), "counted; name them with --label"

@@ -139,7 +139,11 @@ def check_fields(config: Mapping[str, Any]) -> None:
             f"The PEFT method {method[:60]!r} is not served: train with LORA.", metadata={"peft_type": method[:60]}
         )
     fields = {**LORA_FIELDS, **OLD_FIELDS}
-    unknown = sorted(key for key, value in config.items() if key not in fields and value is not None)
+    unknown = sorted(
+        key if key.isidentifier() else repr(key)
+        for key, value in config.items()
+        if key not in fields and value is not None
+    )
     if unknown:
         raise Rejected(
             f"adapter_config.json has settings that this version does not know: {', '.join(unknown)[:200]}. "
@@ -152,7 +156,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
         if field is not None and field.kinds and type(value) not in field.kinds:
             wanted = " or ".join(_KINDS[kind] for kind in field.kinds)
             raise Rejected(
-                f"adapter_config.json has {key}={str(value)[:80]}, but PEFT loads {wanted} only.",
+                f"adapter_config.json has {key}={repr(value)[:80]}, but PEFT loads {wanted} only.",
                 reason="BAD_CONFIG",
                 metadata={"field": key},
             )
@@ -161,7 +165,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
         # True == 1 in Python: compare the types as well.
         if not any(type(value) is type(off) and value == off for off in field.off):
             raise UnsupportedMethod(
-                f"{key}={str(value)[:80]} is not served: it {field.why}. Train without it.",
+                f"{key}={repr(value)[:80]} is not served: it {field.why}. Train without it.",
                 metadata={"peft_type": method, "field": key},
             )
     task = config.get("task_type")
