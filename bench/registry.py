@@ -155,36 +155,33 @@ def big(work: Path, megabytes: int, rounds: int) -> dict[str, float]:
     base = make_base(work / "big-base", hidden, 2)
     registry = Registry.open(work / "big-store")
     registry.push(make_adapter(work / "warm", base, hidden, names[:1], 8, 0), "warm")  # the base's fingerprint
-    copy: list[float] = []
-    push: list[float] = []
-    again: list[float] = []
-    pull: list[float] = []
+    times: dict[str, list[float]] = {}
     for number in range(rounds):
         folder = make_adapter(work / "big", base, hidden, names, rank, number + 1)
         size = sum(path.stat().st_size for path in folder.iterdir())
-        for times, call in (
-            (copy, partial(copied, folder, work / f"copy-{number}")),
-            (push, partial(registry.push, folder, "big")),
-            (again, partial(registry.push, folder, "again")),
-            (pull, partial(registry.pull, "big", work / f"pull-{number}")),
-            (copy, partial(copied, folder, work / f"copy-again-{number}")),
+        for step, (what, call) in enumerate(
+            (
+                ("push", partial(registry.push, folder, "big")),
+                ("push of the same content", partial(registry.push, folder, "again")),
+                ("pull", partial(registry.pull, "big", work / f"pull-{number}")),
+            )
         ):
-            os.sync()  # what was written before is not waited for in this figure
-            began = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - began)
-        for name in ("copy", "pull", "copy-again"):
-            shutil.rmtree(work / f"{name}-{number}")
-    plain = statistics.median(copy)
-    return {
-        "size MB": round(size / 1e6, 1),
-        "copy with fsync, ms": round(1000 * plain, 1),
-        "push, ms": round(1000 * statistics.median(push), 1),
-        "push of the same content, ms": round(1000 * statistics.median(again), 1),
-        "pull, ms": round(1000 * statistics.median(pull), 1),
-        "push at this share of the copy's speed": round(plain / statistics.median(push), 2),
-        "pull at this share of the copy's speed": round(plain / statistics.median(pull), 2),
-    }
+            # Each beside a copy of its own: the disk's speed changes from minute to minute.
+            copy = partial(copied, folder, work / f"copy-{step}")
+            for name, timed in ((f"copy beside {what}", copy), (what, call)):
+                os.sync()  # what was written before is not waited for in this figure
+                began = time.perf_counter()
+                timed()
+                times.setdefault(name, []).append(time.perf_counter() - began)
+            shutil.rmtree(work / f"copy-{step}")
+        shutil.rmtree(work / f"pull-{number}")
+    figures = {"size MB": round(size / 1e6, 1)}
+    for name, found in times.items():
+        figures[f"{name}, ms"] = round(1000 * statistics.median(found), 1)
+    for what in ("push", "pull"):
+        pairs = zip(times[f"copy beside {what}"], times[what], strict=True)
+        figures[f"{what} at this share of the copy's speed"] = round(statistics.median(a / b for a, b in pairs), 2)
+    return figures
 
 
 def stored(registry: Registry) -> int:

@@ -156,7 +156,9 @@ def test_files_of_a_repository_are_the_same_as_of_a_folder(llama: Tiny, draft: D
         "optimizer.pt",
     )
     assert set(theirs.beside) == {"config.json", "adapterbay/manifest.json"}
-    for extra in ({"evil.py": b"x"}, {"x.pkl": b"x"}, {"notes": b"\x80\x04x"}, {"a.gz": b"\x1f\x8b\x08x"}):
+    (full / "logs.gz").write_bytes(b"\x1f\x8b\x08x")
+    assert "logs.gz" in read_folder(full).left_out
+    for extra in ({"evil.py": b"x"}, {"x.pkl": b"x"}, {"notes": b"\x80\x04x"}, {"README.md": b"\x1f\x8b\x08x"}):
         ((name, data),) = extra.items()
         (full.parent / name).write_bytes(data)
         with pytest.raises(Rejected):

@@ -157,9 +157,12 @@ def check_path(path: str) -> None:
         )
 
 
-def check_prefix(path: str, prefix: bytes) -> None:
-    """Refuses a pickle or a zip under another name, by its first 9 bytes. Raises Rejected with reason PICKLE."""
-    refuse_other_formats(prefix, path)
+def check_prefix(path: str, prefix: bytes, *, left_out: bool = False) -> None:
+    """Refuses a pickle or a zip under another name, and an archive unless it is left out, by the first 9 bytes.
+
+    Raises Rejected with reason PICKLE or COMPRESSED.
+    """
+    refuse_other_formats(prefix, path, archives=not left_out)
 
 
 def check_text(path: str, source: Path | bytes, max_bytes: int) -> None:

@@ -132,7 +132,7 @@ def _sorted_out(root: Path | None, found: Mapping[str, Path], folders: list[str]
         ours = name.startswith(f"{OUR_FOLDER}/")
         if not is_trainer_state(name):
             with open_regular(path, name, follow=False) as file:
-                check_prefix(name, file.read(9))
+                check_prefix(name, file.read(9), left_out=not ours and name not in (*STORED_FILES, *READ_FILES))
         if name in STORED_FILES:
             files[name] = path
         elif not ours:

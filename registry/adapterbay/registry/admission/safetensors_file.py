@@ -121,14 +121,14 @@ def read_header(
     return Header({tensor.name: tensor for tensor in tensors}, metadata, size)
 
 
-def refuse_other_formats(prefix: bytes, what: str) -> None:
+def refuse_other_formats(prefix: bytes, what: str, *, archives: bool = True) -> None:
     """Raises Rejected if the first 9 bytes are those of a pickle or a zip (PICKLE), or of an archive (COMPRESSED)."""
     # The length of a safetensors header may have these bytes by chance; then the header's '{' follows at byte 8.
     if prefix[8:9] == b"{":
         return
     if _PICKLE.match(prefix):
         _refuse(what, "PICKLE", "it is a pickle or a zip made by torch.save, which can run code; save as safetensors")
-    if _COMPRESSED.match(prefix):
+    if archives and _COMPRESSED.match(prefix):
         _refuse(what, "COMPRESSED", "it is compressed, and nothing is unpacked here; push what is in it")
 
 
