@@ -51,6 +51,19 @@ def test_values_that_are_infinity_when_served(
     refused("NOT_FINITE", lambda: registry.push(bad.path, "x"))
 
 
+@pytest.mark.parametrize(("value", "fine"), [(3.38e38, True), (3.4e38, False), (-1e39, False), (1e-300, True)])
+@pytest.mark.parametrize("part", ["classifier.weight", "classifier.bias"])
+def test_large_values_in_heads(
+    bert: Tiny, draft: DraftOf, registry: Registry, part: str, value: float, fine: bool
+) -> None:
+    one = draft(bert)
+    spoil(one, with_value("float64", value), part)
+    if fine:
+        assert registry.push(one.path, "x").version == 1
+    else:
+        refused("NOT_FINITE", lambda: registry.push(one.path, "x"))
+
+
 @pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7F81, 0xFFFF, 0x7FC0])
 def test_nan_and_infinity_in_bfloat16_and_in_heads(bert: Tiny, draft: DraftOf, registry: Registry, bits: int) -> None:
     header, data = split((bert.adapter / "adapter_model.safetensors").read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from typing import Any
@@ -55,12 +56,12 @@ patterns = st.recursive(
     ),
     max_leaves=8,
 )  # fmt: skip
-texts = st.text(alphabet="ab1._-{}x", min_size=1, max_size=8)
+NAMES = ["".join(letters) for length in (1, 2, 3) for letters in itertools.product("ab.1", repeat=length)]
 
 
 @fuzz(400)
-@given(patterns, st.lists(texts, min_size=1, max_size=5))
-def test_the_answers_of_re(pattern: str, names: list[str]) -> None:
+@given(patterns, st.text(alphabet="ab1._-{}x", min_size=1, max_size=8))
+def test_the_answers_of_re(pattern: str, name: str) -> None:
     try:
         theirs = re.compile(pattern)
     except re.error:
@@ -71,8 +72,43 @@ def test_the_answers_of_re(pattern: str, names: list[str]) -> None:
         ours = LinearPattern(pattern)
     except UnusablePattern:
         assume(False)
-    for name in names:
-        assert ours.fullmatch(name) == (theirs.fullmatch(name) is not None), (pattern, name)
+    wrong = [text for text in (*NAMES, name) if ours.fullmatch(text) != (theirs.fullmatch(text) is not None)]
+    assert not wrong, (pattern, wrong)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"\ba.*",
+        r"a\b.*",
+        r"a\B.*",
+        r".*\b\.\b.*",
+        r"\Aa+\Z",
+        "^a$",
+        "a^b",
+        "a$b",
+        "(^a|b)+",
+        "(?:a$|b)+",
+        r"(\b|a)+",
+        "a{2}",
+        "a{,2}",
+        "a{1,}",
+        "a{1,2}?",
+        "a{}",
+        "a{x",
+        "(a|ab)(1|b1)",
+        "(a?)*",
+        "()*a",
+        "(|a)b",
+        "[]a]",
+        "[^]a]",
+        r"[\d.]+",
+        "(?P<x>a)b",
+    ],
+)
+def test_every_construct(pattern: str) -> None:
+    ours, theirs = LinearPattern(pattern), re.compile(pattern)
+    assert [text for text in NAMES if ours.fullmatch(text)] == [text for text in NAMES if theirs.fullmatch(text)]
 
 
 @fuzz(300)
@@ -155,3 +191,14 @@ def test_settings_that_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(Rejected) as caught:
         Targets(config)
     assert caught.value.reason == "BAD_PATTERN"
+
+
+def test_nothing_is_targeted_below_what_is_saved_whole() -> None:
+    """PEFT puts no adapter on a module of modules_to_save, nor inside it."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    settings = {"target_modules": ["dense"], "modules_to_save": ["classifier"]}
+    for module in ("classifier.dense", "x.classifier.dense", "classifier2.dense", "x.dense", "my.classifiers.dense"):
+        theirs = check_target_module_exists(LoraConfig(**settings), module)
+        assert (module in Targets(settings)) == (theirs is True), module

@@ -29,10 +29,10 @@ def fuse(
     method: Annotated[str, typer.Option("--method", help=f"{', '.join(METHODS)}.")] = "cat",
     density: Annotated[
         float | None,
-        typer.Option("--density", help=f"ties, dare, magnitude_prune: the share that is kept [{DEFAULT_DENSITY}]."),
+        typer.Option("--density", help=f"ties, dare, magnitude_prune: the share that is kept ({DEFAULT_DENSITY})."),
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="svd: the rank of the result.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="dare: what is dropped [0].")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="dare: what is dropped (0).")] = None,
     alias: Annotated[list[str] | None, typer.Option("--alias", metavar="ALIAS", help="Move this alias to it.")] = None,
     base: Annotated[
         str | None, typer.Option("--base", metavar="BASE", help="Where their base is: hub:ORG/REPO, a path, ….")

@@ -25,7 +25,7 @@ FolderOption = Annotated[
     Path | None, typer.Option("--registry", metavar="FOLDER", help="The local registry [ADAPTERBAY_REGISTRY].")
 ]
 TokensOption = Annotated[
-    Path | None, typer.Option("--tokens-file", metavar="FILE", help="The tokens [tokens.json in the registry].")
+    Path | None, typer.Option("--tokens-file", metavar="FILE", help="The tokens (tokens.json in the registry).")
 ]
 
 

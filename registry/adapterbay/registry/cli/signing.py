@@ -25,7 +25,7 @@ PASSWORD_VARIABLE: Final = "ADAPTERBAY_KEY_PASSWORD"
 def keygen(
     private: Annotated[Path, typer.Argument(metavar="KEY", help="The private key's file; the public one is KEY.pub.")],
     encrypt: Annotated[
-        bool, typer.Option("--encrypt", help=f"Protect it with a password [{PASSWORD_VARIABLE}, else asked for].")
+        bool, typer.Option("--encrypt", help=f"Protect it with a password ({PASSWORD_VARIABLE}, else asked for).")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -47,7 +47,7 @@ def sign(
     reference: ReferenceArgument,
     key: Annotated[
         Path,
-        typer.Option("--key", metavar="KEY", help=f"Your private key [password: {PASSWORD_VARIABLE}, else asked for]."),
+        typer.Option("--key", metavar="KEY", help=f"Your private key (password: {PASSWORD_VARIABLE}, else asked for)."),
     ],
     registry: RegistryOption = None,
     as_json: JsonOption = False,
