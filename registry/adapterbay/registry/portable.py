@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from adapterbay.registry import durable
+from adapterbay.registry.admission.documents import read_bytes
 from adapterbay.registry.digest import copy_and_digest
 from adapterbay.registry.errors import Corrupted, InvalidArgument, Rejected
 from adapterbay.registry.manifest import README_FILE, FileEntry, Manifest
@@ -48,7 +49,7 @@ def read_claim(files: Mapping[str, Path]) -> Claim | None:
     """
     if MANIFEST_PATH not in files:
         return None
-    manifest = Manifest.from_bytes(_document(files[MANIFEST_PATH], MANIFEST_PATH))
+    manifest = Manifest.from_bytes(read_bytes(files[MANIFEST_PATH], MANIFEST_PATH, MAX_DOCUMENT_BYTES, follow=False))
     found = {}
     for entry in manifest.files:
         places = [entry.path] if entry.path != README_FILE else [OWN_README_PATH, README_FILE]
@@ -57,7 +58,11 @@ def read_claim(files: Mapping[str, Path]) -> Claim | None:
             raise mismatch(f"it names {entry.path} with {entry.size} bytes, which is not there")
         found[entry.path] = files[there[0]]
     signature = files.get(SIGNATURE_PATH)
-    return Claim(manifest, found, None if signature is None else _document(signature, SIGNATURE_PATH))
+    return Claim(
+        manifest,
+        found,
+        None if signature is None else read_bytes(signature, SIGNATURE_PATH, MAX_DOCUMENT_BYTES, follow=False),
+    )
 
 
 def mismatch(what: str) -> Rejected:
@@ -67,14 +72,6 @@ def mismatch(what: str) -> Rejected:
         "new.",
         reason="MANIFEST_MISMATCH",
     )
-
-
-def _document(path: Path, name: str) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(MAX_DOCUMENT_BYTES + 1)
-    if len(data) > MAX_DOCUMENT_BYTES:
-        raise Rejected(f"{name} has more than {MAX_DOCUMENT_BYTES} bytes.", reason="TOO_LARGE")
-    return data
 
 
 def write_folder(snapshot: Snapshot, destination: Path) -> Path:

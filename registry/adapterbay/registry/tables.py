@@ -10,16 +10,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from adapterbay.registry.errors import shown
 from adapterbay.registry.gate import Guard
 from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.views import AdapterSummary, PushReceipt, RegistryEvent, VerifyReport, VersionRecord
 
 WIDTH_WITHOUT_TERMINAL: Final = 200
+MAX_LINE: Final = 100_000
 
 
 def write(lines: Iterable[str]) -> None:
-    """Lines on standard output, as they are."""
-    sys.stdout.writelines(f"{line}\n" for line in lines)
+    """Lines on standard output; what strangers wrote in them cannot steer the terminal."""
+    sys.stdout.writelines(f"{shown(line, MAX_LINE)}\n" for line in lines)
     sys.stdout.flush()
 
 
