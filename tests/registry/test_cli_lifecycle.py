@@ -76,7 +76,26 @@ def test_review_promote_roll_back_retire(trained: Callable[[float], Path], tmp_p
     assert run_json("doctor")["ok"] is True
     assert "nothing is wrong" in run("doctor").stdout
     run("guard", "team/x@champion", "--rm")
-    assert run_json("guard", "team/x")["guards"] == {}
+    assert guarded("team/x") == []
+
+
+def guarded(reference: str) -> list[tuple[str | None, str]]:
+    return [(found["adapter"], found["alias"]) for found in run_json("guard", reference)["guards"]]
+
+
+def test_a_guard_of_every_adapter(trained: Callable[[float], Path]) -> None:
+    run("push", trained(0.7), "team/x")
+    run("guard", "champion", "--min", "accuracy=0.8", "--requires", "comparison")
+    assert "every champion: accuracy >= 0.8, a comparison" in run("guard", "champion").stdout
+    assert "accuracy must be at least 0.8" in told("alias", "set", "team/x", "champion", 1, code=1)
+    run("guard", "team/x@best", "--max", "accuracy=1")
+    assert guarded("team/x") == [(None, "champion"), ("team/x", "best")]
+    assert guarded("team/x@best") == [("team/x", "best")]
+    assert guarded("team/x@champion") == [(None, "champion")]
+    assert [event["kind"] for event in run_json("history")["history"]] == ["guard_set"]
+    run("guard", "champion", "--rm")
+    assert guarded("champion") == []
+    assert "not guarded" in told("guard", "champion", "--rm", code=1)
 
 
 def test_delete_asks(trained: Callable[[float], Path]) -> None:

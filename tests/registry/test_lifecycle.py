@@ -285,6 +285,35 @@ def test_a_forced_move_is_recorded(trained: Trained, tmp_path: Path) -> None:
     assert registry.history("x")[-1].detail == {}
 
 
+def test_a_guard_of_every_adapter(trained: Trained, tmp_path: Path) -> None:
+    registry = Registry.open(tmp_path / "store", by="lead")
+    registry.guard(None, "champion", Guard({"accuracy": 0.8}))
+    with pytest.raises(PromotionRefused, match=r"accuracy must be at least 0\.8"):
+        registry.push(trained(accuracy=0.7), "new", aliases=["champion"])
+    assert registry.push(trained(accuracy=0.85), "new", aliases=["champion"]).version == 1
+    registry.guard("new", "champion", Guard({"accuracy": 0.9}, requires=("signature",)))
+    registry.push(trained(accuracy=0.75), "new")
+    with pytest.raises(PromotionRefused) as refused:
+        registry.set_alias("new", "champion", 2)
+    assert refused.value.unmet == (
+        "accuracy must be at least 0.8, and is 0.75",
+        "accuracy must be at least 0.9, and is 0.75",
+        "it must be signed",
+    )
+    assert [(event.kind, event.by, event.alias) for event in registry.history(None)] == [
+        ("guard_set", "lead", "champion")
+    ]
+    assert registry.verify().ok
+    before = registry.guards(None), registry.guards("new"), registry.events()
+    registry.rebuild_index()
+    assert (registry.guards(None), registry.guards("new"), registry.events()) == before
+    (registry.root / "adapters" / "@journal.jsonl").unlink()
+    assert [problem.kind for problem in registry.verify().problems] == ["journal"]
+    registry.guard("new", "champion", None)
+    registry.guard(None, "champion", None)
+    assert registry.set_alias("new", "champion", 2).version == 2
+
+
 def test_guards_that_make_no_sense(trained: Trained, registry: Registry) -> None:
     registry.push(trained(), "x")
     with pytest.raises(InvalidArgument, match="demands something"):

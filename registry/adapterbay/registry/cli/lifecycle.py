@@ -9,7 +9,6 @@ import typer
 from adapterbay.registry.cli.common import (
     ForceOption,
     JsonOption,
-    NameArgument,
     ReferenceArgument,
     RegistryOption,
     WhyOption,
@@ -25,14 +24,25 @@ from adapterbay.registry.console import guarded, write_json
 from adapterbay.registry.errors import InvalidArgument
 from adapterbay.registry.gate import BASE_ARM, Comparison, Guard, Verdict
 from adapterbay.registry.tables import history_table, write, write_table
+from adapterbay.registry.views import Listing
 
 
 @app.command()
 @guarded()
-def history(name: NameArgument, registry: RegistryOption = None, as_json: JsonOption = False) -> None:
+def history(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="An adapter; without it: what was done for every adapter."),
+    ] = None,
+    registry: RegistryOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show what happened to NAME: versions, moves of aliases and all else, by whom and when."""
-    store, spelled = opened(name, registry)
-    events = store.history(spelled)
+    if name is None:
+        events = existing(registry).history(None)
+    else:
+        store, spelled = opened(name, registry)
+        events = store.history(spelled)
     if as_json:
         write_json({"history": events})
     else:
@@ -118,7 +128,10 @@ def delete(
 @app.command()
 @guarded()
 def guard(
-    reference: Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="The alias to guard.")],
+    reference: Annotated[
+        str,
+        typer.Argument(metavar="[NAME@]ALIAS", help="The alias to guard: of one adapter, or of every adapter."),
+    ],
     minimum: Annotated[
         list[str] | None, typer.Option("--min", metavar="METRIC=VALUE", help="The metric must be at least this.")
     ] = None,
@@ -134,21 +147,23 @@ def guard(
 ) -> None:
     """Demand that a version shows something before the alias may point at it; without demands, show the guards."""
     store = existing(registry)
-    name, _, alias = reference.partition("@")
+    before, at, after = reference.partition("@")
     demands = [*(minimum or ()), *(maximum or ()), *(requires or ())]
-    if (demands or remove) and not alias:
-        raise InvalidArgument(f"{reference[:80]!r} names no alias: write NAME@champion.", field="reference")
     if remove and demands:
         raise InvalidArgument("--rm takes the guard away; it goes with no demand.", field="guard")
-    if remove:
-        store.guard(name, alias, None)
-    elif demands:
-        store.guard(name, alias, Guard(_bounds(minimum), _bounds(maximum), tuple(dict.fromkeys(requires or ()))))
-    there = {each: found for each, found in store.guards(name).items() if alias in ("", each)}
+    if demands or remove:
+        wanted = Guard(_bounds(minimum), _bounds(maximum), tuple(dict.fromkeys(requires or ()))) if demands else None
+        store.guard(before if at else None, after if at else before, wanted)
+    shown: list[tuple[str | None, str, Guard]] = [(None, alias, found) for alias, found in store.guards(None).items()]
+    if at or store.adapters(listing=Listing(prefix=before, limit=1)):
+        shown += [(before, alias, found) for alias, found in store.guards(before).items()]
+    if at:
+        shown = [(name, alias, found) for name, alias, found in shown if alias == after]
     if as_json:
-        write_json({"name": name, "guards": there})
+        write_json({"guards": [{"adapter": name, "alias": alias, "guard": found} for name, alias, found in shown]})
     else:
-        write([f"{name}@{each}: {found}" for each, found in there.items()] or [f"{reference} is not guarded"])
+        lines = [f"{name}@{alias}: {found}" if name else f"every {alias}: {found}" for name, alias, found in shown]
+        write(lines or [f"{reference} is not guarded"])
 
 
 def _bounds(texts: list[str] | None) -> dict[str, float]:

@@ -26,7 +26,7 @@ from adapterbay.registry.gate import Evidence, unmet
 from adapterbay.registry.local import changes, queries
 from adapterbay.registry.local.blobs import BlobStore, Staged, Staging
 from adapterbay.registry.local.index import Index
-from adapterbay.registry.local.records import Change, Records, VersionFile, now
+from adapterbay.registry.local.records import EVERY_ADAPTER, Change, Records, VersionFile, now
 from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.nearest import nearest_numbers, nearest_words
 from adapterbay.registry.views import ANY, AliasMove, AnyVersion
@@ -172,8 +172,8 @@ class Writer:
 
     def _gate(self, db: sqlite3.Connection, name: str, alias: str, version: int, force: Force | None) -> dict[str, Any]:
         """What to record of the guard, if it was overruled. Raises PromotionRefused."""
-        guard = queries.guards(db, name).get(alias)
-        if guard is None:
+        guards = [queries.guards(db, place).get(alias) for place in (EVERY_ADAPTER, name)]
+        if not any(guards):
             return {}
         record = queries.version(db, name, version)
         assert record is not None
@@ -184,7 +184,8 @@ class Writer:
             record.signed,
             at_present[1] if at_present and at_present[1] != record.digest else None,
         )
-        missing = unmet(guard, evidence)
+        demands = [demand for guard in guards if guard for demand in unmet(guard, evidence)]
+        missing = tuple(dict.fromkeys(demands))
         if missing and force is None:
             raise PromotionRefused(
                 f"{name}@{alias} is guarded and may not point at version {version}: {'; '.join(missing)}. "

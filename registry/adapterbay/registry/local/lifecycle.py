@@ -14,7 +14,7 @@ from adapterbay.registry.local.blobs import BlobStore, Staged
 from adapterbay.registry.local.commit import Force, Writer, unknown_name, unknown_version
 from adapterbay.registry.local.index import Index
 from adapterbay.registry.local.reading import Reader
-from adapterbay.registry.local.records import Change
+from adapterbay.registry.local.records import EVERY_ADAPTER, Change
 from adapterbay.registry.reference import check_alias, check_name
 from adapterbay.registry.views import ANY, AliasMove, AnyVersion
 
@@ -130,23 +130,27 @@ class Lifecycle(Reader):
 
         self.writer.change(build)
 
-    def guard(self, name: str, alias: str, guard: Guard | None) -> None:
+    def guard(self, name: str | None, alias: str, guard: Guard | None) -> None:
         """Demands that versions meet `guard` before `alias` may point at them; None takes the guard away.
 
-        The version that the alias points at now is not asked. Raises NotFound.
+        `name` None: the alias of every adapter, beside what an adapter's own guard demands. The version that the alias
+        points at now is not asked. Raises NotFound.
         """
-        check_alias(check_name(name) and alias)
+        check_alias(alias)
+        place = EVERY_ADAPTER if name is None else check_name(name)
 
         def build(db: sqlite3.Connection, at: str) -> Iterator[Change]:
-            if queries.newest_version(db, name) is None:
+            if name is not None and queries.newest_version(db, name) is None:
                 raise unknown_name(db, name)
-            there = queries.guards(db, name)
+            there = queries.guards(db, place)
             if guard is None:
                 if alias not in there:
-                    raise NotFound(f"{name}@{alias} is not guarded.", near=sorted(there))
-                yield Change("guard_removed", name, at, self.by, alias=alias)
+                    raise NotFound(
+                        f"{alias if name is None else f'{name}@{alias}'} is not guarded.", near=sorted(there)
+                    )
+                yield Change("guard_removed", place, at, self.by, alias=alias)
             else:
-                yield Change("guard_set", name, at, self.by, alias=alias, detail=guard.to_document())
+                yield Change("guard_set", place, at, self.by, alias=alias, detail=guard.to_document())
 
         self.writer.change(build)
 

@@ -107,8 +107,8 @@ def names(db: sqlite3.Connection) -> list[str]:
 
 
 def all_names(db: sqlite3.Connection) -> list[str]:
-    """The names of all adapters there ever were, sorted."""
-    return [row[0] for row in db.execute("SELECT name FROM adapters ORDER BY name")]
+    """The names of all adapters that anything ever happened to, sorted; `EVERY_ADAPTER` is one."""
+    return [row[0] for row in db.execute("SELECT DISTINCT name FROM events ORDER BY name")]
 
 
 def aliases(db: sqlite3.Connection, name: str) -> dict[str, int]:

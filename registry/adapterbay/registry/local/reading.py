@@ -13,6 +13,7 @@ from adapterbay.registry.local import queries
 from adapterbay.registry.local.blobs import BlobStore
 from adapterbay.registry.local.commit import unknown_name, unknown_version
 from adapterbay.registry.local.index import Index
+from adapterbay.registry.local.records import EVERY_ADAPTER
 from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.nearest import nearest_words
 from adapterbay.registry.portable import write_folder
@@ -117,10 +118,11 @@ class Reader:
                 raise unknown_name(db, check_name(name))
             return queries.aliases(db, name)
 
-    def guards(self, name: str) -> Mapping[str, Guard]:
-        """The guarded aliases of an adapter and what their guards demand."""
+    def guards(self, name: str | None) -> Mapping[str, Guard]:
+        """The guarded aliases of an adapter and what their guards demand. None: the guards of every adapter."""
+        place = EVERY_ADAPTER if name is None else check_name(name)
         with self.index.read() as db:
-            return queries.guards(db, check_name(name))
+            return queries.guards(db, place)
 
     def comparisons(self, name: str, version: int) -> list[Comparison]:
         """The recorded comparisons of a version, the newest last."""
@@ -137,12 +139,14 @@ class Reader:
         with self.index.read() as db:
             return queries.children_of(db, digest)
 
-    def history(self, name: str) -> list[RegistryEvent]:
+    def history(self, name: str | None) -> list[RegistryEvent]:
         """All that happened to an adapter, the oldest first: pushes, moves of aliases, deletions, by whom and when.
 
-        Raises NotFound.
+        None: what was done for every adapter. Raises NotFound.
         """
         with self.index.read() as db:
+            if name is None:
+                return queries.events_of(db, EVERY_ADAPTER)
             found = queries.events_of(db, check_name(name))
             if not found:
                 raise unknown_name(db, name)

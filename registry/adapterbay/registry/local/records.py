@@ -2,6 +2,7 @@
 
     adapters/<name>/@<version>.json     one record per version, never changed
     adapters/<name>/@journal.jsonl      every other change, one line each, only appended to
+    adapters/@journal.jsonl             changes that are of all adapters: guards of an alias everywhere
     adapters/<name>/@aliases.jsonl      what adapterbay 0.1 wrote instead: moves of aliases; read, never written
 
 '@' cannot be in a name, so a record never collides with an adapter below it. A record or line that the index does not
@@ -34,6 +35,8 @@ from adapterbay.registry.views import EventKind
 RECORD_VERSION: Final = 2
 JOURNAL_FILE: Final = "@journal.jsonl"
 ALIASES_FILE: Final = "@aliases.jsonl"
+EVERY_ADAPTER: Final = ""
+"""The name under which changes are filed that are of all adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +168,9 @@ class Records:
         return self.read_changes(folder / JOURNAL_FILE), self.read_changes(folder / ALIASES_FILE)
 
     def name_of(self, path: Path) -> str:
-        """The adapter that a file under `adapters/` belongs to."""
-        return path.parent.relative_to(self.folder).as_posix()
+        """The adapter that a file under `adapters/` belongs to; `EVERY_ADAPTER` for one that is of all."""
+        name = path.parent.relative_to(self.folder).as_posix()
+        return EVERY_ADAPTER if name == "." else name
 
 
 def _document(change: Change) -> dict[str, Any]:
