@@ -15,6 +15,7 @@ import numpy as np
 from adapterbay.registry.card_text import NOT_SETTINGS
 from adapterbay.registry.low_rank import Checkpoint, LowRank, distance, inner, modules_in_both, norm
 from adapterbay.registry.manifest import WEIGHTS_FILE, Manifest
+from adapterbay.registry.metrics import metrics_of
 from adapterbay.registry.views import Snapshot
 
 Side = Literal["a", "b"]
@@ -178,7 +179,7 @@ def _asked(manifest: Manifest) -> dict[str, Any]:
 
 
 def _metric_changes(a: Manifest, b: Manifest) -> tuple[MetricChange, ...]:
-    left, right = _metrics(a), _metrics(b)
+    left, right = metrics_of(a), metrics_of(b)
     return tuple(
         MetricChange(
             name,
@@ -188,15 +189,6 @@ def _metric_changes(a: Manifest, b: Manifest) -> tuple[MetricChange, ...]:
         )
         for name in sorted(left.keys() | right.keys())
     )
-
-
-def _metrics(manifest: Manifest) -> dict[str, float]:
-    found = (manifest.training or {}).get("metrics")
-    return {
-        name: float(value)
-        for name, value in (found.items() if isinstance(found, Mapping) else ())
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    }
 
 
 def _module_distances(a: Checkpoint, b: Checkpoint) -> tuple[list[WeightDistance], list[str]]:

@@ -32,7 +32,8 @@ from adapterbay.registry.hub.ledger import ALIAS_LOG_PATH, LoggedMove, alias_log
 from adapterbay.registry.hub.names import move_message
 from adapterbay.registry.hub.repository import RepositoryState, version_of_commit
 from adapterbay.registry.nearest import nearest_words
-from adapterbay.registry.views import ANY, AliasMove, AnyVersion
+from adapterbay.registry.swap import check_expected
+from adapterbay.registry.views import AliasMove, AnyVersion
 
 SETTLE_SECONDS: Final = 30.0
 """So long a move that is written down may take until its tag stands. Clocks must agree to about this."""
@@ -180,19 +181,6 @@ def move_tag(client: HubClient, name: str, alias: str, commit: str, *, before: s
         with contextlib.suppress(AdapterbayError):  # the error to report is the first
             client.create_tag(name, alias, before)
         raise
-
-
-def check_expected(name: str, alias: str, expected: int | AnyVersion | None, current: int | None) -> None:
-    """Compares. Raises StaleAlias with both versions."""
-    if expected is ANY or expected == current:
-        return
-    there = "is not set" if current is None else f"points at version {current}"
-    wanted = "not to be set" if expected is None else f"version {expected}"
-    error = StaleAlias(f"{name}@{alias} {there}, but {wanted} was expected: read it again and decide anew.")
-    error.metadata.update(
-        {"alias": alias, "current_version": str(current or ""), "expected_version": str(expected or "")}
-    )
-    raise error
 
 
 def is_moving(state: RepositoryState, alias: str) -> bool:

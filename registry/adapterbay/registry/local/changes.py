@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sqlite3
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 from adapterbay.registry.digest import canonical_json
 from adapterbay.registry.local.records import Change, VersionFile
 from adapterbay.registry.manifest import Manifest
+from adapterbay.registry.metrics import metrics_of
 
 
 def insert_version(db: sqlite3.Connection, record: VersionFile, manifest: Manifest, manifest_size: int) -> None:
@@ -50,21 +48,10 @@ def insert_version(db: sqlite3.Connection, record: VersionFile, manifest: Manife
 
 def insert_metrics(db: sqlite3.Connection, name: str, version: int, manifest: Manifest) -> None:
     """The numbers among the metrics of the training record; what is nested gets a dotted name."""
-    found = (manifest.training or {}).get("metrics")
     db.executemany(
         "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?)",
-        [(name, version, metric, value) for metric, value in _numbers(found, "")],
+        [(name, version, metric, value) for metric, value in metrics_of(manifest).items()],
     )
-
-
-def _numbers(found: Any, prefix: str) -> Iterator[tuple[str, float]]:
-    if isinstance(found, Mapping):
-        for key, value in found.items():
-            yield from _numbers(value, f"{prefix}.{key}" if prefix else str(key))
-    elif prefix and isinstance(found, int | float) and not isinstance(found, bool):
-        value = float(found) if abs(found) < 1e300 else math.inf
-        if math.isfinite(value):
-            yield prefix, value
 
 
 def digest_of(db: sqlite3.Connection, name: str, version: int) -> str:

@@ -20,7 +20,6 @@ from adapterbay.registry.errors import (
     InvalidArgument,
     NotFound,
     PromotionRefused,
-    StaleAlias,
 )
 from adapterbay.registry.gate import Evidence, unmet
 from adapterbay.registry.local import changes, queries
@@ -29,7 +28,8 @@ from adapterbay.registry.local.index import Index
 from adapterbay.registry.local.records import EVERY_ADAPTER, Change, Records, VersionFile, now
 from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.nearest import nearest_numbers, nearest_words
-from adapterbay.registry.views import ANY, AliasMove, AnyVersion
+from adapterbay.registry.swap import check_expected
+from adapterbay.registry.views import AliasMove, AnyVersion
 
 
 @dataclass(slots=True)
@@ -141,7 +141,7 @@ class Writer:
             if queries.version_by_number(db, name, version) is None:
                 raise unknown_version(db, name, version)
             previous = queries.aliases(db, name).get(alias)
-            _check_expected(name, alias, expected, previous)
+            check_expected(name, alias, expected, previous)
             if previous != version:
                 detail = self._gate(db, name, alias, version, force)
                 overruled = tuple(detail.get("overruled", ()))
@@ -164,7 +164,7 @@ class Writer:
                 if queries.newest_version(db, name) is None:
                     raise unknown_name(db, name)
                 raise NotFound(f"{name} has no alias {alias}.", near=nearest_words(alias, pointing))
-            _check_expected(name, alias, expected, previous)
+            check_expected(name, alias, expected, previous)
             yield Change("alias_removed", name, at, by, None, alias, previous)
 
         self.change(build)
@@ -243,18 +243,6 @@ def _numbered(name: str, number: int, following: int) -> int:
             reason="VERSION_TAKEN",
         )
     return number
-
-
-def _check_expected(name: str, alias: str, expected: Any, current: int | None) -> None:
-    if expected is ANY or expected == current:
-        return
-    there = "is not set" if current is None else f"points at version {current}"
-    wanted = "not to be set" if expected is None else f"version {expected}"
-    error = StaleAlias(f"{name}@{alias} {there}, but {wanted} was expected: read it again and decide anew.")
-    error.metadata.update(
-        {"alias": alias, "current_version": str(current or ""), "expected_version": str(expected or "")}
-    )
-    raise error
 
 
 def unknown_name(db: sqlite3.Connection, name: str) -> NotFound:
