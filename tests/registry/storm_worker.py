@@ -125,7 +125,18 @@ def work(place: Path, folder: Path, steps: int, seed: int, answers: Any) -> None
     answers.put((dict(done), failures))
 
 
+def begin(place: Path, folder: Path) -> None:
+    """Three versions of each adapter, so that there is something to change."""
+    store = Registry.open(place)
+    for name in NAMES:
+        for number in range(3):
+            new_content(folder, number)
+            store.push(folder, name, aliases=["champion"])
+    store.close()
+
+
 def together(place: Path, folder: Path, processes: int, steps: int) -> dict[str, Any]:
+    begin(place, folder)
     context = multiprocessing.get_context("fork")
     answers: Any = context.Queue()
     workers = [context.Process(target=work, args=(place, folder, steps, seed, answers)) for seed in range(processes)]
@@ -148,12 +159,7 @@ def together(place: Path, folder: Path, processes: int, steps: int) -> dict[str,
 
 def kill(place: Path, folder: Path, count: int, seed: int) -> dict[str, Any]:
     dice = random.Random(seed)
-    store = Registry.open(place)
-    for name in NAMES:
-        for number in range(3):
-            new_content(folder, number)
-            store.push(folder, name, aliases=["champion"])
-    store.close()
+    begin(place, folder)
     sequences = []
     for number in range(count):
         source = folder.parent / f"source-{number}"  # of its own: a kill may leave it half written
