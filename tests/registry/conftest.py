@@ -123,3 +123,19 @@ def draft(tmp_path: Path) -> Callable[[Tiny], Draft]:
         return Draft(target)
 
     return copy
+
+
+@pytest.fixture
+def trained(llama: Tiny, draft: Callable[[Tiny], Draft]) -> Callable[..., Path]:
+    """Adapters that differ, each with the metrics of its training."""
+    count = 0
+
+    def make(**metrics: object) -> Path:
+        nonlocal count
+        count += 1
+        made = draft(llama)
+        made.edit_tensors(lambda tensors: next(iter(tensors.values())).flat.__setitem__(0, float(count)))
+        made.write_training(metrics=metrics)
+        return made.path
+
+    return make
