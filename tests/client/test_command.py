@@ -14,7 +14,7 @@ from serving_tools import Served
 from adapterbay.cli import main
 from adapterbay.cli.lazy import missing_extra
 from adapterbay.cli.options import choose, parse_arm, parse_weighted
-from adapterbay.client import Selection
+from adapterbay.client import Client, Selection
 from adapterbay.registry.errors import InvalidArgument
 
 DIGEST = "sha256:" + "1" * 64
@@ -113,6 +113,35 @@ def test_compare(run: Run, tmp_path: Path) -> None:
     assert all(answer["generation"]["text"] is not None for answer in answers)
     classified = run("compare", "sentiment", "stars", "--input", "a", "--task", "classify", "--json")
     assert len(classified.out.splitlines()) == 2
+
+
+def test_a_comparison_is_scored_and_recorded(run: Run, served: Served, tmp_path: Path) -> None:
+    texts = [f"a film {number}" for number in range(8)]
+    with Client(served.address) as client:
+        right = [answer.label for answer in client.classify(texts, adapter="sentiment")]
+        other = [answer.label for answer in client.classify(texts, adapter="sentiment-b")]
+    lines = tmp_path / "inputs.jsonl"
+    lines.write_text(
+        "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in zip(texts, right, strict=True))
+    )
+    store = served.zoo.registry
+    asked = ("compare", "sentiment", "sentiment-b", "--inputs", str(lines), "--record")
+    recorded = run(*asked, "--registry", str(store.root), "--json")
+    assert recorded.code == 0, recorded.err
+    paired = recorded.json["paired"]
+    share = sum(a == b for a, b in zip(right, other, strict=True)) / len(texts)
+    assert paired["first"]["accuracy"] == 1.0  # type: ignore[index]
+    assert paired["second"]["accuracy"] == share  # type: ignore[index]
+    candidate, against = store.resolve("sentiment"), store.resolve("sentiment-b")
+    found = store.comparisons("sentiment", candidate.version)[-1]
+    assert (found.against, found.metric, found.value, found.other) == (against.digest, "accuracy", 1.0, share)
+    assert (found.inputs, found.p_value) == (len(texts), paired["p_value"])  # type: ignore[index]
+    assert f"sentiment@{candidate.version}" in recorded.err
+    unlabelled = run("compare", "sentiment", "sentiment-b", "--input", "a", "--record")
+    assert (unlabelled.code, "have a label" in unlabelled.err) == (2, True)
+    nowhere = run(*asked, "--registry", str(tmp_path / "nothing"))
+    assert (nowhere.code, nowhere.out) == (2, ""), "told before anything is computed"
+    assert len(store.comparisons("sentiment", candidate.version)) == 1
 
 
 FAILURES = {

@@ -19,7 +19,7 @@ from adapterbay.client import Client, ComparisonAnswer, Selection
 from adapterbay.comparison import PairedComparison, compare_paired
 from adapterbay.registry import Registry
 from adapterbay.registry.console import write_json
-from adapterbay.registry.errors import InvalidArgument
+from adapterbay.registry.errors import InvalidArgument, MissingExtra
 from adapterbay.registry.gate import BASE_ARM as GATE_BASE_ARM
 from adapterbay.registry.gate import Comparison, Verdict
 
@@ -85,6 +85,9 @@ def compare(
             "--record needs two arms, and inputs that all have a label: JSON lines with `text` and `label`.",
             field="record",
         )
+    if record and (selections[0].adapter is None or selections[1].fusion is not None):
+        raise InvalidArgument("--record is for one adapter against another, or against the base.", field="record")
+    store = Registry.open(registry, create=False) if record else None  # before anything is computed
     found: list[ComparisonAnswer] = []
     with Client(server, timeout=timeout) as client, asking(server):
         if _task(client, task, selections) is TaskChoice.CLASSIFY:
@@ -110,13 +113,19 @@ def compare(
                 found = list(answers)
                 _show(arms, texts, found)
     if len(labels) == len(texts) and len(arms) > 1:
-        scored = score(labels, found)
+        try:
+            scored = score(labels, found)
+        except MissingExtra as error:
+            if store is not None:
+                raise
+            typer.echo(f"not scored: {error.message}", err=True)
+            return
         if as_json:
             write_json({"paired": dataclasses.asdict(scored)})
         else:
             _show_score(arms, scored)
-        if record:
-            _record(scored, found, registry)
+        if store is not None:
+            _record(scored, found, store)
 
 
 def score(labels: Sequence[str], answers: Sequence[ComparisonAnswer]) -> PairedComparison:
@@ -132,10 +141,8 @@ def _show_score(arms: Sequence[str], scored: PairedComparison) -> None:
     typer.echo(f"{scored.verdict} (exact McNemar test on {scored.inputs} inputs, p = {scored.p_value:.3g})")
 
 
-def _record(scored: PairedComparison, answers: Sequence[ComparisonAnswer], place: Path | None) -> None:
+def _record(scored: PairedComparison, answers: Sequence[ComparisonAnswer], store: Registry) -> None:
     first, second = (next(answer for answer in answers if answer.arm_index == arm).provenance for arm in (0, 1))
-    if len(first.adapters) != 1 or len(second.adapters) > 1:
-        raise InvalidArgument("--record is for one adapter against another, or against the base.", field="record")
     candidate = first.adapters[0]
     comparison = Comparison(
         against=second.adapters[0].digest if second.adapters else GATE_BASE_ARM,
@@ -147,7 +154,7 @@ def _record(scored: PairedComparison, answers: Sequence[ComparisonAnswer], place
         test="mcnemar-exact",
         p_value=scored.p_value,
     )
-    Registry.open(place, create=False).record_comparison(candidate.name, candidate.version, comparison)
+    store.record_comparison(candidate.name, candidate.version, comparison)
     typer.echo(f"recorded for {candidate.name}@{candidate.version}: {comparison.verdict}", err=True)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -47,8 +46,6 @@ LAYOUT: Final = 1
 
 FindBase = Callable[[str | BaseReference], BaseFiles]
 Extra = Callable[[Manifest], Sequence[bytes | Path]]
-
-_log = logging.getLogger(__name__)
 
 
 class Registry(Lifecycle):
@@ -144,7 +141,7 @@ class Registry(Lifecycle):
         TaskMismatch, NotFound, InvalidArgument, PromotionRefused, Conflict (VERSION_TAKEN) or StorageFull.
         """
         source = read_folder(folder)
-        claim = read_claim({**source.beside, **source.files})
+        claim = read_claim(source.portable)
         return self._push(
             name,
             source,
