@@ -40,7 +40,7 @@ class Reader:
         parsed = parse_reference(reference) if isinstance(reference, str) else reference
         if isinstance(parsed, HubReference):
             raise InvalidReference(
-                f"{parsed} is on the Hub: bring it here first, by `registry push {parsed} NAME` or `registry mirror`.",
+                f"{parsed} is on the Hub: push it to the registry first, by `registry push {parsed} NAME`.",
                 field="adapter",
             )
         with self.index.read() as db:
