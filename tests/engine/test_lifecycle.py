@@ -24,6 +24,8 @@ from adapterbay.registry.errors import (
 from adapterbay.server.batch import Share
 from adapterbay.server.requests import (
     ClassifyTask,
+    Delta,
+    Event,
     FinishReason,
     GenerateTask,
     PositionChances,
@@ -126,6 +128,45 @@ def test_a_full_queue_refuses_at_once_and_starts_nothing(zoo: Zoo) -> None:
         assert caught.value.retry_after_seconds > 0
         for answer in taken:
             assert len(answer.generated().token_ids) == 200
+        harness.idle()
+
+
+@pytest.mark.parametrize("end", ["whole", "deadline", "cancel", "waiting"])
+def test_a_place_is_free_before_its_caller_hears_of_the_end(zoo: Zoo, end: str) -> None:
+    """Whoever hears that a row ended may submit the next one at once, however few rows the server takes."""
+    with Harness(zoo.base, zoo.registry, max_rows=1, max_queue=1) as harness:
+        ending, request = harness.request("a1", GenerateTask(tuple(PROMPT), SamplingSpec(max_tokens=300)))
+        if end == "whole":
+            request.task = GenerateTask(tuple(PROMPT), SamplingSpec(max_tokens=3))
+        follow, following = harness.request("a1", GenerateTask(tuple(PROMPT), SamplingSpec(max_tokens=1)))
+        refused: list[Exception] = []
+
+        def at_end(event: Event) -> None:
+            if not isinstance(event, Delta):
+                try:
+                    harness.engine.submit([following])
+                except QueueFull as error:
+                    refused.append(error)
+            ending(event)
+
+        request.listener = at_end
+        if end == "waiting":  # behind one that runs
+            other = harness.generate("a0", PROMPT, 400)
+            after(other, 1)
+            harness.engine.submit([request])
+        else:  # with one behind it
+            harness.engine.submit([request])
+            other = harness.generate("a0", PROMPT, 400)
+        if end == "deadline":
+            after(ending, 1)
+            request.deadline = time.monotonic()
+        elif end in ("cancel", "waiting"):
+            harness.engine.cancel(request)
+        assert ending.done.wait(20)
+        assert not refused
+        assert other.request is not None
+        harness.engine.cancel(other.request)
+        assert len(follow.generated().token_ids) == 1
         harness.idle()
 
 

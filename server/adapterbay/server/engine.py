@@ -208,8 +208,8 @@ class Engine:
             time.sleep(0.01)
         self._loop.stop()
         for row in list(self._rows.values()):  # submitted while the loop ended: nobody else will tell them
-            row.request.listener(Cancelled("The server is stopping."))
             self._left(row)
+            row.request.listener(Cancelled("The server is stopping."))
         self.adapters.memory.close()
 
     def submit(self, requests: Sequence[Request]) -> None:

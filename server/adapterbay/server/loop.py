@@ -87,12 +87,10 @@ class Loop:
             if not self._step():
                 self._sleep()
         stopped = Cancelled("The server is stopping.")
-        for row in [*self.scheduler.running, *(r for g in self.scheduler.waiting_groups() for r in g.rows)]:
-            self._tell(row, stopped)
         for row in list(self.scheduler.running):
-            self._finish(row)
+            self._fail(row, stopped)
         for group in list(self.scheduler.waiting_groups()):
-            self.drop(group)
+            self.fail_group(group, stopped)
 
     def _take_inbox(self) -> None:
         while self._inbox:
@@ -130,9 +128,9 @@ class Loop:
 
     def fail_group(self, group: Group, error: AdapterbayError) -> None:
         """Answers a waiting group with an error and drops it."""
+        self.drop(group)
         for row in group.rows:
             self._tell(row, error)
-        self.drop(group)
 
     def drop(self, group: Group) -> None:
         """Takes a waiting group out."""
@@ -209,12 +207,12 @@ class Loop:
                 self._fail(row, error)
 
     def _done(self, row: Row, event: Event) -> None:
-        self._tell(row, event)
+        """Ends a row. Its place is free before its caller hears of it: who hears may submit the next one at once."""
         self._finish(row)
+        self._tell(row, event)
 
     def _fail(self, row: Row, error: AdapterbayError) -> None:
-        self._tell(row, error)
-        self._finish(row)
+        self._done(row, error)
 
     def _finish(self, row: Row) -> None:
         self.scheduler.finish(row)
