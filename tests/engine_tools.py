@@ -39,6 +39,18 @@ from adapterbay.server.runner import StepResult
 Selection = str | Mapping[str, float] | None
 
 
+@contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """Stops the engine's thread between two steps, so that what a test does meanwhile falls into one pause."""
+    began, go_on = threading.Event(), threading.Event()
+    engine._loop.post(lambda: (began.set(), go_on.wait(60)))  # type: ignore[func-returns-value, arg-type, return-value]
+    assert began.wait(60)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
 class Answer:
     """Collects what one request hears."""
 
@@ -48,6 +60,8 @@ class Answer:
         self.events_after_end = 0
         self.done = threading.Event()
         self.request: Request | None = None
+        self.engine: Engine | None = None
+        self.steps_at_end = 0
         self.on_delta: Any = None
 
     def __call__(self, event: Event) -> None:
@@ -59,6 +73,8 @@ class Answer:
                 self.on_delta(self)
         else:
             self.final = event
+            if self.engine is not None:
+                self.steps_at_end = self.engine.stats().steps
             self.done.set()
 
     def wait(self, seconds: float = 60) -> Any:
@@ -116,7 +132,7 @@ class Harness(AbstractContextManager["Harness"]):
     def request(self, selection: Selection, task: Task, **settings: Any) -> tuple[Answer, Request]:
         answer = Answer()
         request = Request(arm=self.arm(selection), task=task, listener=answer, **settings)
-        answer.request = request
+        answer.request, answer.engine = request, self.engine
         return answer, request
 
     def submit(self, selection: Selection, task: Task, **settings: Any) -> Answer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,9 +127,7 @@ def test_asking_again_reads_no_weights(llama: Tiny, monkeypatch: pytest.MonkeyPa
         raise AssertionError("the weights were read again")
 
     monkeypatch.setattr("adapterbay.registry.base.fingerprint.compute", never)
-    began = time.perf_counter()
     assert locate(str(llama.base)).fingerprint == first
-    assert time.perf_counter() - began < 0.5
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"key": 1}', b"\xff\xfe", "forged"])

@@ -142,12 +142,9 @@ def test_what_else_is_not_found(llama: Tiny, registry: Registry) -> None:
         registry.resolve("hub:org/repo@main")
 
 
-def test_resolve_is_quick_and_sees_other_processes(llama: Tiny, registry: Registry) -> None:
+def test_resolve_sees_other_processes(llama: Tiny, registry: Registry) -> None:
     registry.push(llama.adapter, "x")
-    began = time.perf_counter()
-    for _ in range(500):
-        registry.resolve("x")
-    assert (time.perf_counter() - began) / 500 < 0.001
+    assert registry.resolve("x").version == 1
     Registry.open(registry.root).push(llama.adapter, "x")
     assert registry.resolve("x").version == 2
 

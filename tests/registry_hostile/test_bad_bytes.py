@@ -118,7 +118,7 @@ LIES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize(("file", "reason"), LIES.values(), ids=LIES.keys())
 def test_lies_are_refused_in_little_time_and_memory(file: bytes, reason: str, tmp_path: Path) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     refused(reason, lambda: read_header(file, "x.safetensors", max_header_bytes=2**24, max_tensors=100_000))
     path = tmp_path / "x.safetensors"
     path.write_bytes(file)
@@ -126,7 +126,7 @@ def test_lies_are_refused_in_little_time_and_memory(file: bytes, reason: str, tm
         lambda: refused(reason, lambda: read_header(path, "x", max_header_bytes=2**24, max_tensors=100_000))
     )
     assert peak < 4 * len(file) + 200_000
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 10
 
 
 def test_the_library_takes_none_of_them_or_we_are_stricter() -> None:

@@ -161,7 +161,11 @@ def test_watching_tells_pushes_aliases_and_loads(adapters: Stub, served: Served)
     second = watch(adapters)
     snapshot = first.wait_for(lambda r: r.type == pb.ADAPTER_EVENT_TYPE_SNAPSHOT)
     assert (snapshot.adapter.name, snapshot.adapter.version) == ("seen", 1)
-    time.sleep(0.3)  # the second watch has no snapshot to tell us that it began
+    for canary in range(500):  # the second watch has no snapshot to tell us that it began
+        registry.set_alias("tales", f"canary-{canary}", 1)
+        time.sleep(0.05)
+        if second.responses:
+            break
 
     registry.push(folders["songs"], "seen", base=f"folder:{served.zoo.base}", aliases=["live"])
     registry.set_alias("seen", "live", 1, expected=2)
@@ -175,7 +179,9 @@ def test_watching_tells_pushes_aliases_and_loads(adapters: Stub, served: Served)
         assert pushed.HasField("at")
         fresh = watched.wait_for(lambda r: r.type == pb.ADAPTER_EVENT_TYPE_ALIAS_SET and r.alias.version == 2)
         assert fresh.previous_version == 0
-        moved = watched.wait_for(lambda r: r.type == pb.ADAPTER_EVENT_TYPE_ALIAS_SET and r.alias.version == 1)
+        moved = watched.wait_for(
+            lambda r: r.type == pb.ADAPTER_EVENT_TYPE_ALIAS_SET and (r.alias.name, r.alias.version) == ("live", 1)
+        )
         assert (moved.alias.name, moved.previous_version, moved.adapter.version) == ("live", 2, 1)
         removed = watched.wait_for(lambda r: r.type == pb.ADAPTER_EVENT_TYPE_ALIAS_REMOVED)
         assert removed.alias.name == "live"
@@ -184,6 +190,8 @@ def test_watching_tells_pushes_aliases_and_loads(adapters: Stub, served: Served)
         watched.wait_for(lambda r: r.type == pb.ADAPTER_EVENT_TYPE_UNLOADED and r.adapter.name == "seen")
         watched.call.cancel()  # type: ignore[attr-defined]
     assert {response.adapter.name for response in first.responses} == {"seen"}
+    for number in range(canary + 1):
+        registry.remove_alias("tales", f"canary-{number}")
 
 
 def test_a_load_that_fails_is_told(adapters: Stub, served: Served) -> None:

@@ -134,7 +134,7 @@ def test_a_huge_prompt_is_refused_untokenized(inference: inference_pb2_grpc.Infe
         found = failure(lambda request=request: inference.Generate(request))
         assert found.code is CODE.INVALID_ARGUMENT
         assert "20,000,000 characters" in found.message
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20  # tokenized, the two take minutes
     cut = inference.Embed(pb.EmbedRequest(base=True, texts=["y" * 5_000_000], truncate=True)).embeddings[0]
     assert (cut.tokens, cut.truncated) == (512, True)
 

@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 import psutil
 import pytest
+from engine_tools import held
 from serving_tools import Failure, Served
 from zoo import Zoo
 
@@ -38,10 +39,10 @@ def test_a_cancelled_stream_frees_its_row(inference: Stub, served: Served) -> No
     call = inference.GenerateStream(stream())
     next(call)
     assert served.engine.stats().running == 1
-    call.cancel()
     steps = served.engine.stats().steps
-    served.idle(5)
-    assert served.engine.stats().steps - steps < 100, "the row ran on long after its caller had gone"
+    call.cancel()
+    served.idle()
+    assert served.engine.stats().steps - steps < 400, "the row ran on long after its caller had gone"
 
 
 def test_a_cancelled_unary_call_frees_its_row(inference: Stub, served: Served) -> None:
@@ -71,12 +72,12 @@ def test_a_cancelled_windowed_call_frees_all_its_rows(inference: Stub, served: S
 
 
 def test_a_deadline_frees_its_row(inference: Stub, served: Served) -> None:
-    started = time.monotonic()
-    with pytest.raises(grpc.RpcError) as caught:
+    with held(served.engine), pytest.raises(grpc.RpcError) as caught:
         inference.Generate(pb.GenerateRequest(adapter="tales", prompt="go", sampling=ENDLESS), timeout=0.15)
     assert Failure(caught.value).code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert time.monotonic() - started < 1
-    served.idle(5)
+    steps = served.engine.stats().steps
+    served.idle()
+    assert served.engine.stats().steps - steps < 5, "the row ran on after its deadline"
 
 
 @pytest.fixture(scope="module")
@@ -89,23 +90,22 @@ def narrow(zoo: Zoo) -> Iterator[Served]:
 def test_a_full_queue_answers_at_once_with_a_delay(narrow: Served) -> None:
     with grpc.insecure_channel(narrow.address) as channel:
         stub = Stub(channel)
-        calls = [stub.GenerateStream(stream()) for _ in range(4)]
-        wait_until(lambda: narrow.engine.stats().running + narrow.engine.stats().waiting == 4)
-        for call in (
-            lambda: stub.Generate(pb.GenerateRequest(base=True, prompt="a")),
-            lambda: stub.Classify(pb.ClassifyRequest(adapter="sentiment", texts=["a", "b"])),
-            lambda: next(stub.GenerateStream(stream())),
-        ):
-            started = time.monotonic()
-            with pytest.raises(grpc.RpcError) as caught:
-                call()
-            found = Failure(caught.value)
-            assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
-            assert found.retry_after is not None
-            assert 0 < found.retry_after < 60
-            assert time.monotonic() - started < 1
-        for call in calls:
-            call.cancel()
+        with held(narrow.engine):  # the answers come while it stands still
+            calls = [stub.GenerateStream(stream()) for _ in range(4)]
+            wait_until(lambda: narrow.engine.stats().running + narrow.engine.stats().waiting == 4)
+            for call in (
+                lambda: stub.Generate(pb.GenerateRequest(base=True, prompt="a"), timeout=30),
+                lambda: stub.Classify(pb.ClassifyRequest(adapter="sentiment", texts=["a", "b"]), timeout=30),
+                lambda: next(stub.GenerateStream(stream(), timeout=30)),
+            ):
+                with pytest.raises(grpc.RpcError) as caught:
+                    call()
+                found = Failure(caught.value)
+                assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+                assert found.retry_after is not None
+                assert 0 < found.retry_after < 60
+            for call in calls:
+                call.cancel()
         narrow.idle()
         assert stub.Generate(pb.GenerateRequest(base=True, prompt="a", sampling=pb.Sampling(max_tokens=1)))
 
