@@ -19,6 +19,8 @@ from adapterbay.server.status import DETAILS_KEY, code_of, status_of
 _OURS = "/adapterbay.v1."
 _WITHOUT_END = frozenset({"/adapterbay.v1.AdapterService/WatchAdapters"})
 """Streams that only their caller or a stop ends: a drain does not wait for them."""
+GONE_SECONDS = 5.0
+"""The longest wait for gRPC to notice that a caller has left; it takes milliseconds."""
 
 _logger = logging.getLogger(__name__)
 
@@ -113,6 +115,16 @@ async def _send(response: Any, context: Context) -> None:
         raise _CallerGone from error
 
 
+async def _caller_gone(method: str) -> None:
+    """Waits for gRPC to cancel this handler, as it does with those whose caller has left.
+
+    That may come a moment after a message could not be sent, and a handler that returns in between has gRPC log an
+    error for it (10 in 4,500 calls whose deadlines passed, with grpcio 1.85).
+    """
+    _logger.debug("%s: the caller is gone", method)
+    await asyncio.sleep(GONE_SECONDS)
+
+
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Wraps the handlers of our services; health and reflection pass untouched."""
 
@@ -167,10 +179,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
             with self._gate.admitted(method):
                 yield
         except _CallerGone:
-            _logger.debug("%s: the caller is gone", method)
+            await _caller_gone(method)
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is becomes a status; bugs are logged there
             status = status_of(error)
             _logger.info("%s: %s %s", method, code_of(error).name, status.message)
-            await context.abort(code_of(error), status.message, ((DETAILS_KEY, status.SerializeToString()),))
+            try:
+                await context.abort(code_of(error), status.message, ((DETAILS_KEY, status.SerializeToString()),))
+            except grpc.aio.AbortError:
+                raise
+            except Exception:  # noqa: BLE001 - gRPC has no public name for a message that could not be sent
+                await _caller_gone(method)
