@@ -16,6 +16,7 @@ from signing_tools import make_keys
 from adapterbay.registry import Registry
 from adapterbay.registry.archive import HEADER, export_archive, import_archive
 from adapterbay.registry.errors import AdapterbayError, Conflict, Corrupted, InvalidArgument, NotFound, Rejected
+from adapterbay.registry.gate import Guard
 from adapterbay.registry.signing import sign
 
 DraftOf = Callable[[Tiny], Draft]
@@ -93,6 +94,36 @@ def test_an_alias_that_points_elsewhere_stays(store: Registry, tmp_path: Path) -
     report = import_archive(other, tmp_path / "all")
     assert report.notes == ("team/x@champion stays at 1 (in the archive: 3)",)
     assert other.aliases("team/x") == {"champion": 1}
+
+
+def test_an_import_that_was_cut_off_is_finished_by_the_next(
+    store: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_archive(store, ["team/x", "team/y"], tmp_path / "all")
+    other = Registry.open(tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(other, "tag", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            import_archive(other, tmp_path / "all")
+    assert import_archive(other, tmp_path / "all").versions == 0
+    for name in ("team/x", "team/y"):
+        assert versions(other, name) == versions(store, name)
+
+
+def test_what_was_decided_here_stays(store: Registry, tmp_path: Path) -> None:
+    """A guard here, and a deletion here: the rest of the archive still comes in."""
+    export_archive(store, ["team/x", "team/y"], tmp_path / "all")
+    other = Registry.open(tmp_path / "other")
+    other.guard(None, "champion", Guard(minimum={"accuracy": 0.8}))
+    report = import_archive(other, tmp_path / "all")
+    (note,) = report.notes
+    assert note.startswith("team/x@champion was not set: ")
+    assert "accuracy must be at least 0.8" in note
+    assert (other.aliases("team/x"), other.aliases("team/y")) == ({}, {"best": 1})
+    assert other.version("team/x", 3).tags == {"language": "zh"}
+    other.delete("team/x", 3)
+    (note,) = import_archive(other, tmp_path / "all").notes
+    assert "team/x@champion was not set: team/x@3 was deleted" in note
 
 
 def members(archive: Path) -> list[tuple[tarfile.TarInfo, bytes]]:

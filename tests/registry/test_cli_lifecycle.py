@@ -40,7 +40,7 @@ def test_review_promote_roll_back_retire(trained: Callable[[float], Path], tmp_p
     run("guard", "team/x@champion", "--min", "accuracy=0.8", "--requires", "comparison")
     assert "accuracy >= 0.8, a comparison" in run("guard", "team/x").stdout
     refused = told("alias", "set", "team/x", "champion", 2, code=1)
-    assert "a comparison with the version it points at now" in refused
+    assert "a comparison with the version it points or pointed at" in refused
     assert "accuracy" not in refused
     run(
         *("record-comparison", "team/x@2", "team/x@champion", "--metric", "accuracy", "--value", 0.9, "--other", 0.7),
@@ -98,13 +98,18 @@ def test_a_guard_of_every_adapter(trained: Callable[[float], Path]) -> None:
     assert "not guarded" in told("guard", "champion", "--rm", code=1)
 
 
+def test_verify_does_not_pass_for_a_version_it_was_not_asked_to_check(trained: Callable[[float], Path]) -> None:
+    run("push", trained(0.5), "x")
+    assert "write x." in told("verify", "x@99", code=2)
+
+
 def test_delete_asks(trained: Callable[[float], Path]) -> None:
     run("push", trained(0.5), "x")
     run("delete", "x@1", code=1)
     assert run_json("resolve", "x")["version"] == 1
 
 
-def test_list_filters(trained: Callable[[float], Path], bert: Tiny) -> None:
+def test_list_filters(trained: Callable[[float], Path], bert: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     run("push", trained(0.7), "a")
     run("push", trained(0.9), "b")
     run("push", bert.adapter, "c")
@@ -115,7 +120,11 @@ def test_list_filters(trained: Callable[[float], Path], bert: Tiny) -> None:
 
     assert names("--metric", "accuracy>=0.8") == names("--tag", "language") == names("--tag", "language=zh") == ["b"]
     assert names("--task", "sequence-classification") == names("--base", bert.base) == ["c"]
+    monkeypatch.chdir(bert.base.parent)
+    assert names("--base", f"{bert.base}/") == names("--base", f"./{bert.base.name}") == ["c"]
+    assert names("--base", run_json("show", "c")["manifest"]["base_fingerprint"]) == ["c"]
     assert names("--method", "lora", "--limit", 1, "--after", "a") == ["b"]
+    assert "'classification' is not one of causal-lm" in told("list", "--task", "classification", code=2)
     assert "write accuracy>=0.8" in told("list", "--metric", "accuracy", code=2)
 
 
@@ -148,6 +157,8 @@ def test_names_complete_in_a_shell(trained: Callable[[float], Path], tmp_path: P
 
     assert completed("show team/s") == ["team/sentiment"]
     assert completed("show team/sentiment@") == ["team/sentiment@champion", "team/sentiment@1"]
+    for verb in ("rollback", "history", "verify", "export", "record-comparison x", "fuse out"):
+        assert completed(f"{verb} team/s") == ["team/sentiment"], verb
     assert completed("show nothing") == []
 
 

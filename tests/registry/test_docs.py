@@ -1,4 +1,4 @@
-"""What docs/registry.md says to paste works as it stands."""
+"""What docs/registry.md and the READMEs say to paste works as it stands."""
 
 from __future__ import annotations
 
@@ -9,30 +9,35 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from registry_tools import Draft, Tiny
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DraftOf = Callable[[Tiny], Draft]
 
 
 def block(document: str, heading: str) -> str:
-    """The first bash block under a heading."""
-    text = (DOCS / document).read_text(encoding="utf-8")
-    match = re.search(rf"^## {re.escape(heading)}$.*?^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    """The first shell block under a heading."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    match = re.search(rf"^## {re.escape(heading)}$.*?^```(?:ba)?sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert match is not None, heading
     return match[1]
 
 
-def test_a_teams_day(bert: Tiny, draft: Callable[[Tiny], Draft], tmp_path: Path) -> None:
-    for name, accuracy in (("sentiment", 0.79), ("sentiment-2", 0.82)):
+def train(bert: Tiny, draft: DraftOf, out: Path, accuracies: dict[str, float]) -> None:
+    out.mkdir()
+    for name, accuracy in accuracies.items():
         made = draft(bert)
         made.edit_tensors(lambda tensors, value=accuracy: next(iter(tensors.values())).flat.__setitem__(0, value))
         made.write_training(metrics={"accuracy": accuracy})
-        (tmp_path / "out").mkdir(exist_ok=True)
-        made.path.rename(tmp_path / "out" / name)
+        made.path.rename(out / name)
+
+
+def paste(script: str, place: Path) -> subprocess.CompletedProcess[str]:
     scripts = Path(sys.executable).parent
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block("registry.md", "A team's day, to paste")],
-        cwd=tmp_path,
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=place,
         env={**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "ADAPTERBAY_ACTOR": "ann"},
         capture_output=True,
         text=True,
@@ -40,8 +45,39 @@ def test_a_teams_day(bert: Tiny, draft: Callable[[Tiny], Draft], tmp_path: Path)
         timeout=280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("document", "publish", "swap", "review"),
+    [
+        ("README.md", "Train and publish", "Swap", "Review, promote, roll back"),
+        ("README.zh-CN.md", "训练与发布", "切换", "评审、上线、回退"),
+    ],
+)
+def test_the_readme_from_push_to_rollback(
+    bert: Tiny, draft: DraftOf, tmp_path: Path, document: str, publish: str, swap: str, review: str
+) -> None:
+    train(bert, draft, tmp_path / "out", {"sentiment": 0.81, "sentiment-2": 0.82, "sentiment-3": 0.83})
+    before = re.sub(r"^trainer run .*$", "", block(document, publish) + block(document, swap), flags=re.MULTILINE)
+    compared, lines = re.subn(  # what it records is given by hand: no server runs here
+        r"^adapterbay compare (\S+) (\S+) --inputs .*$",
+        r"registry record-comparison \1 \2 --metric accuracy --value 0.83 --other 0.82 --inputs 240 --verdict better",
+        block(document, review),
+        flags=re.MULTILINE,
+    )
+    assert lines == 1
+    done = paste(f"export ADAPTERBAY_REGISTRY=$PWD/store\n{before}{compared}", tmp_path)
+    assert "sentiment@champion → 3 (was 2)" in done.stdout
+    assert "sentiment@champion → 2 (was 3)" in done.stdout
+    assert (tmp_path / "lineage.svg").read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_a_teams_day(bert: Tiny, draft: DraftOf, tmp_path: Path) -> None:
+    train(bert, draft, tmp_path / "out", {"sentiment": 0.79, "sentiment-2": 0.82})
+    done = paste(block("docs/registry.md", "A team's day, to paste"), tmp_path)
     assert "refused, as it should be" in done.stdout
-    assert "a comparison with the version it points at now" in done.stderr
+    assert "a comparison with the version it points or pointed at" in done.stderr
     assert "champion → 2 (was 1)" in done.stdout
     assert "overruled: accuracy" not in done.stdout
     assert "overruled: a comparison with" in done.stdout

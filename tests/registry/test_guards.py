@@ -18,7 +18,7 @@ GUARD = Guard({"accuracy": 0.8}, {"loss": 0.5}, ("comparison",))
 
 
 def test_a_guard_refuses_with_the_reasons(trained: Trained, registry: Registry) -> None:
-    registry.push(trained(accuracy=0.7, loss=0.9), "x", aliases=["champion"])
+    first = registry.push(trained(accuracy=0.7, loss=0.9), "x", aliases=["champion"]).digest
     registry.guard("x", "champion", GUARD)
     assert registry.aliases("x") == {"champion": 1}, "what was there before is not asked"
     registry.push(trained(accuracy=0.75), "x")
@@ -27,7 +27,7 @@ def test_a_guard_refuses_with_the_reasons(trained: Trained, registry: Registry) 
     assert refused.value.unmet == (
         "accuracy must be at least 0.8, and is 0.75",
         "loss must be at most 0.5, and is not recorded",
-        f"a comparison with the version it points at now ({registry.resolve('x@1').digest[:19]}…) must be recorded",
+        f"a comparison with the version it points or pointed at ({first[:19]}…) must be recorded",
     )
     assert all(demand in refused.value.message for demand in refused.value.unmet)
     last = registry.last_event()
@@ -35,6 +35,20 @@ def test_a_guard_refuses_with_the_reasons(trained: Trained, registry: Registry) 
         registry.push(trained(accuracy=0.9, loss=0.1), "x", aliases=["champion", "other"])
     assert (registry.last_event(), len(registry.versions("x"))) == (last, 2), "the push is refused as a whole"
     assert registry.verify().ok
+
+
+def test_removing_the_alias_is_no_way_around_its_guard(trained: Trained, registry: Registry) -> None:
+    registry.push(trained(accuracy=0.7), "x", aliases=["champion"])
+    registry.push(trained(accuracy=0.6), "x")
+    registry.guard("x", "champion", Guard(requires=("comparison",)))
+    registry.record_comparison("x", 2, Comparison("base", "accuracy", 0.6, 0.5, 240, "better"))
+    registry.remove_alias("x", "champion")
+    with pytest.raises(PromotionRefused, match="points or pointed at"):
+        registry.set_alias("x", "champion", 2)
+    with pytest.raises(PromotionRefused):
+        registry.push(trained(accuracy=0.61), "x", aliases=["champion"])
+    registry.delete("x", 1, "withdrawn")
+    assert registry.set_alias("x", "champion", 2).version == 2, "nothing can be compared with a deleted version"
 
 
 def test_a_guard_lets_pass_what_meets_it(trained: Trained, registry: Registry) -> None:
@@ -76,6 +90,7 @@ def test_a_forced_move_is_recorded(trained: Trained, tmp_path: Path) -> None:
         registry.set_alias("x", "champion", 1, expected=1, force=Force("compare-and-swap is not overruled"))
     forced = registry.push(trained(), "x", aliases=["champion"], force=Force("again"))
     assert registry.aliases("x") == {"champion": forced.version}
+    assert forced.overruled == ("it must be signed",)
     registry.attach_signature("x", 1, b"bundle")
     assert registry.set_alias("x", "champion", 1, force=Force("not needed")).overruled == ()
     assert registry.history("x")[-1].detail == {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from registry_tools import Draft, Tiny, tree
@@ -18,6 +20,7 @@ from adapterbay.registry.errors import (
     Rejected,
     Untrusted,
 )
+from adapterbay.registry.local import collection
 from adapterbay.registry.signing import sign
 from adapterbay.registry.views import Listing, MetricBound
 
@@ -109,6 +112,9 @@ def test_deprecation_is_said_and_taken_back(trained: Trained, registry: Registry
     assert registry.resolve("x@1").version == 1
     registry.deprecate("x", 1, None)
     assert registry.version("x", 1).deprecated is None
+    last = registry.last_event()
+    registry.deprecate("x", 1, None)
+    assert registry.last_event() == last, "what changes nothing is no event"
     with pytest.raises(InvalidArgument):
         registry.deprecate("x", 1, " ")
 
@@ -183,6 +189,21 @@ def test_gc_keeps_fresh_orphans_and_removes_old_ones(trained: Trained, registry:
     assert (report.removed_blobs, report.fresh) == (0, 1), "its inode is new, whatever its time says"
     assert registry.gc(grace_seconds=0).removed_blobs == 1
     assert not orphan.exists()
+
+
+def test_gc_counts_the_grace_period_from_the_deletion(
+    trained: Trained, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.push(trained(), "x")
+    registry.attach_signature("x", 1, b"signature of one")
+    registry.push(trained(), "x")
+    pushed = time.time()
+    registry.delete("x", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(collection, "time", SimpleNamespace(time=lambda: pushed))
+        report = registry.gc(grace_seconds=0)  # older than the grace period are the files, not the deletion
+    assert (report.removed_blobs, report.fresh) == (0, 2)
+    assert registry.gc(grace_seconds=0).removed_blobs == 2
 
 
 def test_gc_removes_nothing_if_a_manifest_is_damaged(trained: Trained, registry: Registry) -> None:

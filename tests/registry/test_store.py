@@ -154,7 +154,7 @@ def test_alias_compare_and_swap(llama: Tiny, registry: Registry) -> None:
         registry.push(llama.adapter, "x")
     move = registry.set_alias("x", "champion", 1, expected=None)
     assert (move.previous, move.version) == (None, 1)
-    with pytest.raises(StaleAlias, match="points at version 1, but not to be set was expected"):
+    with pytest.raises(StaleAlias, match="points at version 1, but it was expected not to be set"):
         registry.set_alias("x", "champion", 2, expected=None)
     with pytest.raises(StaleAlias) as caught:
         registry.set_alias("x", "champion", 2, expected=3)

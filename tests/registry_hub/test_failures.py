@@ -15,7 +15,8 @@ from hub_tools import ServerProcess, environment, free_port, serving
 from huggingface_hub import HfApi
 from plain_hub import Failure, PlainHub
 
-from adapterbay.registry.errors import NotFound, Rejected, Unavailable
+from adapterbay.registry.base import locate
+from adapterbay.registry.errors import BaseNotFound, NotFound, Rejected, Unavailable
 from adapterbay.registry.hub.backend import HubRegistry
 from adapterbay.registry.serve.tokens import TokenFile
 
@@ -153,6 +154,8 @@ def test_private_gated_and_read_only(plain: PlainHub, registry: HubRegistry, con
         fresh.snapshot("tales")
     assert gated.value.reason == "GATED"
     assert "accept its licence" in gated.value.message
+    registry.push(content(1), "open")
+    assert [found.name for found in fresh.adapters()] == ["team/open"], "one gated repository does not hide the others"
     repo.private = repo.gated = False
 
     plain.writers = {"hf_writer"}
@@ -167,6 +170,15 @@ def test_private_gated_and_read_only(plain: PlainHub, registry: HubRegistry, con
         assert "may write" in forbidden.value.message
     writer = HubRegistry("hub:team", endpoint=plain.endpoint, cache=tmp_path / "another", token="hf_writer")
     assert writer.push(content(2), "tales").version == 2
+
+
+def test_a_base_on_a_server_of_adapters(plain: PlainHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With HF_ENDPOINT set to our server, bases are looked for there, too: who reads the message learns why."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", plain.endpoint)
+    with pytest.raises(BaseNotFound) as caught:
+        locate("hub:acme/no-such-base")
+    assert caught.value.message.startswith(f"{plain.endpoint} has no base hub:acme/no-such-base")
+    assert "HF_ENDPOINT says where to look" in caught.value.message
 
 
 def test_repositories_are_made_private_if_asked(plain: PlainHub, content: Content, tmp_path: Path) -> None:
@@ -214,6 +226,15 @@ def test_what_our_server_refuses_has_its_reason(
     assert "accuracy" in caught.value.message
     assert registry.aliases("tales") == {"champion": 1}, "where it was"
     store.close()
+
+
+def test_large_files_without_xet_on_the_server(base_folder: Path, content: Content, tmp_path: Path) -> None:
+    """With hf_xet installed, huggingface_hub sends files over the regular size by Xet, which our server lacks."""
+    with serving(tmp_path / "store", base_folder, "--anonymous", "write", "--regular-bytes", "2000") as server:
+        registry = HubRegistry("hub:team", endpoint=server.endpoint, cache=tmp_path / "hub-cache")
+        with pytest.raises(Unavailable, match="set HF_HUB_DISABLE_XET=1 and push again") as caught:
+            registry.push(content(1), "tales")
+        assert caught.value.reason == "NOT_IMPLEMENTED"
 
 
 def test_a_gitignore_could_lose_files(plain: PlainHub, registry: HubRegistry, content: Content) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from adapterbay.registry import Registry
+from adapterbay.registry.cli import app
 from adapterbay.registry.errors import InvalidArgument, InvalidReference, RegistryNotFound
 from adapterbay.registry.hub.backend import HubRegistry
-from adapterbay.registry.location import config_path, named_registries, open_for, open_registry
+from adapterbay.registry.location import config_path, folder_of, named_registries, open_for, open_registry
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +108,30 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACME_TOKEN")
     with pytest.raises(InvalidArgument, match="ACME_TOKEN"):
         open_registry("prod", create=False)
+
+
+def test_what_works_on_folders_alone_knows_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`registry serve`, `token` and `doctor`: a name is never taken for a folder to make."""
+    write(NAMED)
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    assert folder_of("store", create=True) == tmp_path / "user" / "store"
+    assert folder_of("./store", create=True) == tmp_path / "store"
+    assert folder_of("elsewhere", create=True) == tmp_path / "elsewhere"
+    assert folder_of(None, create=False) == tmp_path / "home" / "registry"
+    for place in ("prod", "one", "hub:acme"):
+        with pytest.raises(InvalidArgument, match=f"{place} is on a Hub: this works on a local registry only"):
+            folder_of(place, create=True)
+    with pytest.raises(RegistryNotFound, match=r"\./stor\b"):
+        folder_of("stor", create=True)
+    monkeypatch.setenv("ADAPTERBAY_REGISTRY", "store")
+    assert folder_of(None, create=False) == tmp_path / "user" / "store"
+
+    runner = CliRunner()
+    made = runner.invoke(app, ["token", "create", "ann", "--scope", "write", "--registry", "store"])
+    assert made.exit_code == 0, made.output
+    assert list(tmp_path.glob("**/tokens.json")) == [tmp_path / "user" / "store" / "tokens.json"]
+    assert runner.invoke(app, ["doctor", "--registry", "store"]).exit_code == 0
+    assert runner.invoke(app, ["serve", "--registry", "prod"]).exit_code == 2
 
 
 def test_a_name_that_is_a_folder_too(tmp_path: Path) -> None:

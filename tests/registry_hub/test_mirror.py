@@ -17,6 +17,7 @@ from plain_hub import PlainHub
 from adapterbay.registry import Registry
 from adapterbay.registry.backend import Backend
 from adapterbay.registry.errors import BaseNotFound, Conflict, InvalidArgument, NotFound
+from adapterbay.registry.gate import Guard
 from adapterbay.registry.hub.backend import HubRegistry
 from adapterbay.registry.mirror import mirror, parse_names, plan
 
@@ -85,6 +86,17 @@ def test_what_is_new_is_added(source: Registry, destination: Backend, content: C
     assert [(copy.to, copy.version) for copy in report.copied] == [("team/tales", 4)]
     assert [(alias.alias, alias.previous, alias.version) for alias in report.aliases] == [("champion", 2, 4)]
     assert destination.aliases("team/tales") == {"challenger": 3, "champion": 4, "ours": 1}
+
+
+def test_a_guard_holds_one_alias_back_and_not_the_others(source: Registry, tmp_path: Path) -> None:
+    destination = Registry.open(tmp_path / "guarded")
+    destination.guard(None, "challenger", Guard(requires=("signature",)))
+    source.set_alias("team/tales", "zebra", 1)
+    for _ in range(2):
+        report = mirror(source, destination)
+        assert ["team/tales@challenger is guarded" in reason for reason in report.left_out] == [True]
+        assert destination.aliases("team/tales") == {"champion": 2, "zebra": 1}
+        assert "challenger" not in {alias.alias for alias in report.aliases}
 
 
 def test_without_aliases_and_under_other_names(source: Registry, destination: Backend) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from adapterbay.registry.cli import app, fusing
 from adapterbay.registry.errors import InvalidArgument
 from adapterbay.registry.fusing import FusionSettings, WeightedReference, find_fuser, parse_weighted
+from adapterbay.registry.gate import Guard
 
 assert fusing  # its command is in `app` once it is imported
 
@@ -135,6 +136,13 @@ def test_the_command(pair: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     receipt = json.loads(done.stdout)
     assert receipt["same_as"] == 1
     assert receipt["manifest"]["training"]["fusion"]["weights"] == [0.7, -0.3]
+    pair.registry.guard("team/both", "champion", Guard(minimum={"accuracy": 0.8}))
+    refused = CliRunner().invoke(app, [*arguments, "--alias", "champion"])
+    assert refused.exit_code == 1
+    assert "--force with --why" in refused.stderr
+    forced = CliRunner().invoke(app, [*arguments, "--alias", "champion", "--force", "--why", "a demo"])
+    assert forced.exit_code == 0, forced.output
+    assert pair.registry.history("team/both")[-1].detail["forced"] == "a demo"
     for wrong, message in (
         (["fuse", "out", "a", "b:1"], "'a' has no weight"),
         (["fuse", "out", "a:1", "b:1", "--method", "mean"], "'mean' is not a method"),

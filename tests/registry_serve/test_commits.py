@@ -63,6 +63,19 @@ def test_two_on_one_parent_one_wins(hub: Hub, llama: Tiny, tmp_path: Path) -> No
     assert [commit.commit_id for commit in api.list_repo_commits("team/race")][:3] == [followed.oid, winner, start.oid]
 
 
+def test_a_parent_may_be_shortened(hub: Hub, llama: Tiny, tmp_path: Path) -> None:
+    """As huggingface_hub says of `parent_commit`: its first 7 characters are enough."""
+    api = hub.api()
+    api.create_repo("team/short")
+    start = push(api, "team/short", llama.adapter)
+    second = push(api, "team/short", new_weights(llama.adapter, tmp_path / "w1", 1), parent=start.oid[:7])
+    assert [tag.name for tag in api.list_repo_refs("team/short").tags] == ["v1", "v2"]
+    third = new_weights(llama.adapter, tmp_path / "w2", 2)
+    for stale in (start.oid[:7], second.oid[:6], second.oid.upper()):
+        with pytest.raises(HfHubHTTPError, match="A commit has happened since"):
+            push(api, "team/short", third, parent=stale)
+
+
 @pytest.mark.parametrize("with_parent", [True, False], ids=["each on a parent", "without a parent"])
 def test_8_together_leave_8_versions(hub: Hub, llama: Tiny, tmp_path: Path, with_parent: bool) -> None:
     name = f"team/eight-{int(with_parent)}"
@@ -210,6 +223,11 @@ def test_a_base_that_the_server_does_not_know(hub: Hub, llama: Tiny, tmp_path: P
     draft.edit_config(base_model_name_or_path="somebody/tiny-llama")  # the operator's name, below another owner
     push(api, "team/nobase", draft.path)
     assert [tag.name for tag in api.list_repo_refs("team/nobase").tags] == ["v1"]
+    # What PEFT writes down: the folder that the server itself has the base in.
+    changed = Draft(new_weights(draft.path, tmp_path / "another", 2))
+    changed.edit_config(base_model_name_or_path=str(llama.base))
+    push(api, "team/nobase", changed.path)
+    assert [tag.name for tag in api.list_repo_refs("team/nobase").tags] == ["v1", "v2"]
 
 
 def test_a_base_is_known_by_its_fingerprint(hub: Hub, llama: Tiny, tmp_path: Path) -> None:

@@ -116,7 +116,14 @@ def test_what_the_hub_has_and_we_have_not(hub: Hub) -> None:
         assert refused.value.response.status_code == 501, what
         assert "This is a registry of adapters, not the whole Hub" in str(refused.value)
     bearer = {"authorization": f"Bearer {hub.token('alice')}"}
-    for path in ("/team/absent.git/info/refs?service=git-upload-pack", "/datasets/a/b/resolve/main/x"):
+    for path in (
+        "/team/absent.git/info/refs?service=git-upload-pack",
+        "/datasets/a/b/resolve/main/x",
+        "/team/absent/raw/main/README.md",
+        "/team/absent/blob/main/README.md",
+        "/team/absent/tree/main",
+        "/team/absent/discussions/1",
+    ):
         assert get_session().get(hub.url + path, headers=bearer).status_code == 501, path
     nothing = get_session().get(f"{hub.url}/no/such/address", headers=bearer)
     assert nothing.status_code == 404

@@ -40,6 +40,9 @@ def test_what_a_name_may_be(hub: Hub, llama: Tiny) -> None:
         api.create_repo("Team/Upper")
     with pytest.raises(BadRequestError, match="'refs' is a word of the Hub's addresses"):
         api.create_repo("team/refs")
+    for kind in ("api", "models"):
+        with pytest.raises(BadRequestError, match=f"'{kind}' is a word of the Hub's addresses"):
+            api.create_repo(f"{kind}/sentiment")
     with pytest.raises(BadRequestError, match="device name on Windows"):
         api.create_repo("team/con")
     assert not api.repo_exists("Team/Upper")
@@ -141,13 +144,20 @@ def test_listing(start_hub: object, llama: Tiny, tmp_path: Path) -> None:
     assert names(author="team") == ["team/a", "team/b", "team/empty"]
     assert names(search="/A") == ["other/a", "team/a"]
     assert names(limit=2) == ["other/a", "solo"]
+    assert names(limit=0) == []
     assert names(pipeline_tag="text-generation") == ["other/a", "solo", "team/a", "team/b"]
     assert names(filter="peft", author="other") == ["other/a"]
     assert names(filter=["peft", "nothing"]) == []
+    # Names that the clients cannot ask for are the store's own affair: whoever goes by the list is not led astray.
+    for name in ("team/tree", "team/x.git", "datasets/a", "a--b", "a/b/c"):
+        store.push(llama.adapter, name)
+    assert names() == ["other/a", "solo", "team/a", "team/b", "team/empty"]
     only_team = hub.api("eve", "read", only="team/")
     assert [info.id for info in only_team.list_models()] == ["team/a", "team/b", "team/empty"]
     with pytest.raises(HfHubHTTPError, match="the filter num_parameters is not implemented"):
         list(api.list_models(num_parameters="min:1B"))
+    with pytest.raises(HfHubHTTPError, match="the filter sort is not implemented"):
+        list(api.list_models(sort="last_modified", limit=1))
     info = next(iter(api.list_models(author="other", full=True)))
     assert info.tags is not None
     assert info.card_data is not None
@@ -211,3 +221,19 @@ def test_cards_with_bad_front_matter(hub: Hub) -> None:
     assert info.card_data.license == "mit"
     assert info.tags is not None
     assert {"license:mit", "base_model:a/b", "base_model:adapter:a/b"} <= set(info.tags)
+
+
+def test_cards_by_the_clients_own_verbs(hub: Hub, llama: Tiny, tmp_path: Path) -> None:
+    """`ModelCard.push_to_hub` and `metadata_update` have a card checked without sending their token."""
+    Registry.open(hub.store).push(llama.adapter, "team/cards")
+    code = """
+        import json
+        from huggingface_hub import ModelCard, metadata_update
+        metadata_update("team/cards", {"license": "mit"})
+        card = ModelCard.load("team/cards")
+        card.text += "Made on a Sunday."
+        card.push_to_hub("team/cards")
+        print(json.dumps([card.data.license, ModelCard.load("team/cards").text[-17:]]))
+        """
+    assert hub.python(code, tmp_path / "hf") == ["mit", "Made on a Sunday."]
+    assert [tag.name for tag in hub.api().list_repo_refs("team/cards").tags] == ["v1"]

@@ -25,7 +25,7 @@ from adapterbay.registry import durable
 from adapterbay.registry.admission import Limits
 from adapterbay.registry.base import BaseReference
 from adapterbay.registry.digest import CHUNK_BYTES, canonical_json, digest_bytes, digest_file, parse_json_object
-from adapterbay.registry.errors import Conflict, Corrupted, InvalidArgument, NotFound, Rejected
+from adapterbay.registry.errors import Conflict, Corrupted, InvalidArgument, NotFound, PromotionRefused, Rejected
 from adapterbay.registry.local.store import Registry
 from adapterbay.registry.manifest import Digest, Manifest
 from adapterbay.registry.portable import MANIFEST_PATH, SIGNATURE_PATH
@@ -155,8 +155,9 @@ def _add(tar: tarfile.TarFile, name: str, source: bytes | Path) -> None:
 def import_archive(registry: Registry, archive: Path, *, base: str | BaseReference | None = None) -> ArchiveReport:
     """Brings the versions of an archive in, under their names, numbers and digests.
 
-    Versions that are there are skipped, so it can be run again. An alias is set if it is not set here. `base` says
-    where the base lies here, if the archive names it otherwise. Nothing is written if a number holds other content.
+    Versions that are there are skipped, and what was said of them here stays: an import that was cut off is finished by
+    the next. An alias is set if it is not set here and its guard lets it; notes say which were not. `base` says where
+    the base lies here, if the archive names it otherwise. Nothing is written if a number holds other content.
     Raises Conflict (VERSION_TAKEN), Rejected (BAD_ARCHIVE and all of admission), NotFound, or StorageFull.
     """
     if not archive.is_file():
@@ -171,7 +172,7 @@ def import_archive(registry: Registry, archive: Path, *, base: str | BaseReferen
             _lay_out(version, work, folder)
             registry.push(folder, name, base=base, number=version.version)
             shutil.rmtree(folder)
-        notes = [note for adapter in header.adapters for note in _labels(registry, adapter, missing)]
+        notes = [note for adapter in header.adapters for note in _labels(registry, adapter)]
     return ArchiveReport(archive.stat().st_size, len(missing), skipped, tuple(notes))
 
 
@@ -223,21 +224,26 @@ def _blob(work: Path, digest: str) -> Path:
     return path
 
 
-def _labels(
-    registry: Registry, adapter: ArchivedAdapter, pushed: Sequence[tuple[str, ArchivedVersion]]
-) -> Iterable[str]:
-    fresh = [version for name, version in pushed if name == adapter.name]
-    for version in fresh:
-        if version.tags:
+def _labels(registry: Registry, adapter: ArchivedAdapter) -> Iterable[str]:
+    events = registry.history(adapter.name)
+    said = {(event.kind, event.version) for event in events}
+    for version in adapter.versions:
+        if ("deleted", version.version) in said:
+            continue
+        if version.tags and ("tagged", version.version) not in said:
             registry.tag(adapter.name, version.version, version.tags)
-        if version.deprecated is not None:
+        if version.deprecated is not None and ("deprecated", version.version) not in said:
             registry.deprecate(adapter.name, version.version, version.deprecated)
     there = registry.aliases(adapter.name)
     for alias, number in adapter.aliases.items():
-        if alias not in there:
+        if alias in there:
+            if there[alias] != number:
+                yield f"{adapter.name}@{alias} stays at {there[alias]} (in the archive: {number})"
+            continue
+        try:
             registry.set_alias(adapter.name, alias, number, expected=None)
-        elif there[alias] != number:
-            yield f"{adapter.name}@{alias} stays at {there[alias]} (in the archive: {number})"
+        except (NotFound, PromotionRefused) as error:  # deleted here, or guarded here
+            yield f"{adapter.name}@{alias} was not set: {error.message}"
 
 
 def _unpack(archive: Path, work: Path, limits: Limits) -> ArchiveHeader:

@@ -24,6 +24,7 @@ from adapterbay.registry.admission.lora_config import read_settings
 from adapterbay.registry.backend import Backend
 from adapterbay.registry.base import BaseFiles, BaseReference, locate
 from adapterbay.registry.errors import BaseMismatch, InvalidArgument, MissingExtra, TaskMismatch
+from adapterbay.registry.local.commit import Force
 from adapterbay.registry.manifest import TRAINING_FILE, Manifest
 from adapterbay.registry.views import PushReceipt, Resolved, Snapshot
 
@@ -196,13 +197,16 @@ def fuse_versions(
     *,
     aliases: Sequence[str] = (),
     base: str | BaseReference | None = None,
+    force: Force | None = None,
 ) -> PushReceipt:
     """Fuses versions and pushes the result as the next version of `name` in `registry`, all parts as its parents.
 
     The parts may come from other registries. `base` says where their base is, if it is not where their manifests say.
+    `force` overrules the guards of `aliases` in a local registry, and is recorded.
     Raises InvalidArgument, NotFound, BaseMismatch (both fingerprints), TaskMismatch (tasks or labels), MissingExtra
     without PEFT, and what a push raises: NoEffect if the parts cancel out.
     """
+    overruling: dict[str, Any] = {} if force is None else {"force": force}
     settings = settings.completed()
     _check_together(parts, settings)
     fuser = find_fuser()
@@ -234,6 +238,7 @@ def fuse_versions(
             aliases=aliases,
             base=base,
             parents=[part.resolved.digest for part in parts],
+            **overruling,
         )
 
 

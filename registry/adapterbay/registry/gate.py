@@ -64,8 +64,8 @@ class Comparison:
 class Guard:
     """What a version must show: each metric of `minimum` at least, of `maximum` at most, and all evidence `requires`.
 
-    `comparison`: a recorded comparison with the version that the alias points at (if it points at none: with anything)
-    that does not say "worse". `signature`: the version is signed.
+    `comparison`: a recorded comparison that does not say "worse" with the version that the alias points at, or pointed
+    at before it was removed (if there is none: with anything). `signature`: the version is signed.
     """
 
     minimum: Mapping[str, float] = field(default_factory=dict)
@@ -104,7 +104,8 @@ class Guard:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known of the version that an alias shall point at. `current` is the digest it points at now, if any."""
+    """What is known of the version that an alias shall point at. `current` is the digest it points at now, or
+    pointed at before it was removed, if any."""
 
     metrics: Mapping[str, float]
     comparisons: Sequence[Comparison]
@@ -137,7 +138,11 @@ def _is(value: float | None) -> str:
 def _comparison(evidence: Evidence) -> list[str]:
     relevant = [found for found in evidence.comparisons if evidence.current in (None, found.against)]
     if not relevant:
-        other = "anything" if evidence.current is None else f"the version it points at now ({evidence.current[:19]}…)"
+        other = (
+            "anything"
+            if evidence.current is None
+            else f"the version it points or pointed at ({evidence.current[:19]}…)"
+        )
         return [f"a comparison with {other} must be recorded"]
     if relevant[-1].verdict == "worse":
         newest = relevant[-1]

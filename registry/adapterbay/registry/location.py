@@ -122,6 +122,27 @@ def open_registry(place: str | Path | None, *, create: bool) -> Backend:
     place = place or os.environ.get(REGISTRY_VARIABLE) or str(home() / "registry")
     if is_hub(place):
         return _hub(place, NamedRegistry(place=place))
+    chosen = _named(place, create)
+    if chosen is None:
+        return Registry.open(place, create=create)
+    return _hub(place, chosen) if is_hub(chosen.place) else Registry.open(chosen.place, create=create)
+
+
+def folder_of(place: str | None, *, create: bool) -> Path:
+    """The folder that `place` names, for what works on a folder alone; None and `create` are as in `open_registry`.
+
+    It need not be there. Raises InvalidArgument for a place on the Hub, and as `open_registry` does for names.
+    """
+    place = place or os.environ.get(REGISTRY_VARIABLE) or str(home() / "registry")
+    chosen = None if is_hub(place) else _named(place, create)
+    folder = place if chosen is None else chosen.place
+    if is_hub(folder):
+        raise InvalidArgument(f"{place} is on a Hub: this works on a local registry only.", field="registry")
+    return Path(folder).expanduser().absolute()
+
+
+def _named(place: str, create: bool) -> NamedRegistry | None:
+    """The named registry that `place` means; None for a folder. Raises as `open_registry` does."""
     named = named_registries()
     chosen = named.get(place)
     if chosen is None:
@@ -133,15 +154,13 @@ def open_registry(place: str | Path | None, *, create: bool) -> Backend:
                     f"folder write ./{place}.",
                     near=near,
                 )
-        return Registry.open(place, create=create)
+        return None
     if Path(place).exists():
         raise InvalidArgument(
             f"{place!r} is a registry in {config_path()} and a folder here: write ./{place} for the folder.",
             field="registry",
         )
-    if is_hub(chosen.place):
-        return _hub(place, chosen)
-    return Registry.open(chosen.place, create=create)
+    return chosen
 
 
 def open_for(reference: str, place: str | Path | None) -> tuple[Backend, str]:

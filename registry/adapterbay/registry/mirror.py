@@ -12,12 +12,19 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adapterbay.registry.backend import Backend
 from adapterbay.registry.base import BaseReference
-from adapterbay.registry.errors import AdapterbayError, Conflict, Corrupted, InvalidArgument, NotFound
+from adapterbay.registry.errors import (
+    AdapterbayError,
+    Conflict,
+    Corrupted,
+    InvalidArgument,
+    NotFound,
+    PromotionRefused,
+)
 from adapterbay.registry.hub.backend import HubRegistry
 from adapterbay.registry.hub.names import check_hub_alias
 from adapterbay.registry.portable import write_folder
@@ -103,6 +110,7 @@ def mirror(
 ) -> MirrorReport:
     """Copies what `plan` says, the oldest version first, then sets the aliases. `base` says where the base is here.
 
+    An alias that its guard at the destination holds back is named among `left_out`; the next run tries it again.
     Raises what `plan` raises; what a push raises (every version passes admission again); Corrupted if a version is not
     what its digest says; Conflict if the destination numbers versions by itself and counts otherwise.
     """
@@ -110,9 +118,15 @@ def mirror(
     for copy in found.copied:
         _copy(source, destination, copy, base)
         progress(copy)
+    moved, refused = [], []
     for alias in found.aliases:
-        destination.set_alias(alias.to, alias.alias, alias.version, expected=alias.previous)
-    return found
+        try:
+            destination.set_alias(alias.to, alias.alias, alias.version, expected=alias.previous)
+        except PromotionRefused as error:
+            refused.append(f"the alias {alias.to}@{alias.alias}: {error.message.rstrip('.')}")
+        else:
+            moved.append(alias)
+    return replace(found, aliases=tuple(moved), left_out=(*found.left_out, *refused))
 
 
 def parse_names(texts: Sequence[str]) -> dict[str, str] | None:

@@ -11,8 +11,8 @@ def check_expected(name: str, alias: str, expected: int | AnyVersion | None, cur
     if expected is ANY or expected == current:
         return
     there = "is not set" if current is None else f"points at version {current}"
-    wanted = "not to be set" if expected is None else f"version {expected}"
-    error = StaleAlias(f"{name}@{alias} {there}, but {wanted} was expected: read it again and decide anew.")
+    wanted = "it was expected not to be set" if expected is None else f"version {expected} was expected"
+    error = StaleAlias(f"{name}@{alias} {there}, but {wanted}: read it again and decide anew.")
     error.metadata.update(
         {"alias": alias, "current_version": str(current or ""), "expected_version": str(expected or "")}
     )

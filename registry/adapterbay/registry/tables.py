@@ -98,7 +98,7 @@ def push_lines(receipt: PushReceipt) -> list[str]:
         stored += f", same content as version {receipt.same_as}"
     lines.append(f"pushed {receipt.name}@{receipt.version} {receipt.digest} ({stored})")
     lines += [f"alias {receipt.name}@{alias} → {receipt.version}" for alias in receipt.aliases]
-    return lines
+    return [*lines, *(f"overruled: {demand}" for demand in receipt.overruled)]
 
 
 def version_lines(version: VersionRecord, manifest: Manifest) -> list[str]:

@@ -44,7 +44,10 @@ ANY: Final = AnyVersion()
 
 @dataclass(frozen=True, slots=True)
 class PushReceipt:
-    """A pushed version. `same_as` is an earlier version with the same digest; `new_bytes` were not stored before."""
+    """A pushed version. `same_as` is an earlier version with the same digest; `new_bytes` were not stored before.
+
+    `overruled` are the demands of the aliases' guards that were not met when the push was forced.
+    """
 
     name: str
     version: int
@@ -54,6 +57,7 @@ class PushReceipt:
     same_as: int | None
     new_bytes: int
     findings: list[str]
+    overruled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

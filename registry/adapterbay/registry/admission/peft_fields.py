@@ -99,7 +99,7 @@ LORA_FIELDS: Final[Mapping[str, Field]] = {
     "qalora_group_size": _harmless("only used together with use_qalora"),
     "runtime_config": _harmless("where an initialisation runs; PEFT does not save it"),
     # variants that compute something else; an empty object is a config with its defaults, and turns them on
-    "use_dora": _refused("DoRA rescales the output of the base layer", False),
+    "use_dora": _refused("rescales the output of the base layer (DoRA)", False),
     "bias": _refused("trains biases of the base as well", "none"),
     "lora_bias": _refused("adds a bias to B", False),
     "use_qalora": _refused("pools the input before A", False),

@@ -102,9 +102,12 @@ def hub_folder(reference: BaseReference) -> Path:
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403, 404):
+            elsewhere = constants.ENDPOINT.rstrip("/") != "https://huggingface.co"
             raise BaseNotFound(
-                f"The Hub has no base {reference} that this account may read (HTTP {status}): check the name and the "
-                "revision, accept its licence on the Hub if it is gated, and log in with `hf auth login`."
+                f"{constants.ENDPOINT if elsewhere else 'The Hub'} has no base {reference} that this account may read "
+                f"(HTTP {status}): check the name and the revision, accept its licence on the Hub if it is gated, and "
+                "log in with `hf auth login`."
+                + (" HF_ENDPOINT says where to look: a server of adapters has no bases." if elsewhere else "")
             ) from error
         raise Unavailable(f"The Hub failed while fetching {reference}: {_line(error)}. Try again later.") from error
     except OSError as error:

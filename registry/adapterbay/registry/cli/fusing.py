@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from adapterbay.registry.cli.common import JsonOption, RegistryOption, app, opened, opened_to_push
+from adapterbay.registry.cli.common import (
+    ForceOption,
+    JsonOption,
+    RegistryOption,
+    WhyOption,
+    app,
+    complete_name,
+    forced,
+    opened,
+    opened_to_push,
+    with_force,
+)
 from adapterbay.registry.console import guarded, write_json
 from adapterbay.registry.fusing import (
     DEFAULT_DENSITY,
@@ -24,7 +35,10 @@ from adapterbay.registry.tables import push_lines, write
 def fuse(
     name: Annotated[str, typer.Argument(metavar="OUT", help="The adapter that gets the new version.")],
     parts: Annotated[
-        list[str], typer.Argument(metavar="REF:WEIGHT…", help="Such as team/a@1:0.7 team/b@champion:0.3.")
+        list[str],
+        typer.Argument(
+            metavar="REF:WEIGHT…", help="Such as team/a@1:0.7 team/b@champion:0.3.", autocompletion=complete_name
+        ),
     ],
     method: Annotated[str, typer.Option("--method", help=f"{', '.join(METHODS)}.")] = "cat",
     density: Annotated[
@@ -37,10 +51,13 @@ def fuse(
     base: Annotated[
         str | None, typer.Option("--base", metavar="BASE", help="Where their base is: hub:ORG/REPO, a path, ….")
     ] = None,
+    force: ForceOption = False,
+    why: WhyOption = None,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fuse versions into the next version of OUT, by PEFT's add_weighted_adapter. Its parents are recorded."""
+    overruling = forced(force, why)
     settings = FusionSettings(method, density, rank, seed)
     weighted = [parse_weighted(part) for part in parts]
     found = []
@@ -48,7 +65,9 @@ def fuse(
         backend, reference = opened(part.reference, registry)
         found.append(read_part(backend, part.spelled(reference)))
     target, spelled = opened_to_push(name, registry)
-    receipt = fuse_versions(target, spelled, found, settings, aliases=alias or (), base=base)
+    receipt = fuse_versions(
+        target, spelled, found, settings, aliases=alias or (), base=base, **with_force(target, overruling)
+    )
     if as_json:
         write_json(receipt)
     else:

@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from adapterbay.registry.archive import export_archive, import_archive
-from adapterbay.registry.cli.common import JsonOption, RegistryOption, app, existing, local
+from adapterbay.registry.cli.common import JsonOption, RegistryOption, app, complete_name, existing, local
 from adapterbay.registry.console import fail, guarded, write_json
 from adapterbay.registry.local.doctor import diagnose
-from adapterbay.registry.location import open_registry
-from adapterbay.registry.paths import default_registry
+from adapterbay.registry.location import folder_of, open_registry
 from adapterbay.registry.tables import size, write
 
 
@@ -23,12 +22,13 @@ def doctor(
         bool, typer.Option("--rebuild", help="Build the index anew from what is on disk; a damaged one is moved aside.")
     ] = False,
     registry: Annotated[
-        Path | None, typer.Option("--registry", metavar="PATH", help="The folder [ADAPTERBAY_REGISTRY].")
+        str | None,
+        typer.Option("--registry", metavar="PLACE", help="A folder or a configured name [ADAPTERBAY_REGISTRY]."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare the index with the disk. Exits with 1 if anything is wrong. (`verify` reads every byte.)"""
-    diagnosis = diagnose(default_registry() if registry is None else registry, rebuild=rebuild)
+    diagnosis = diagnose(folder_of(registry, create=False), rebuild=rebuild)
     if as_json:
         write_json({"ok": diagnosis.ok, "diagnosis": diagnosis})
     else:
@@ -64,7 +64,12 @@ def gc(
 @guarded()
 def export_versions(
     references: Annotated[
-        list[str], typer.Argument(metavar="REF...", help="NAME for all its versions, or NAME@3, NAME@champion, ….")
+        list[str],
+        typer.Argument(
+            metavar="REF...",
+            help="NAME for all its versions, or NAME@3, NAME@champion, ….",
+            autocompletion=complete_name,
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")],
     registry: RegistryOption = None,

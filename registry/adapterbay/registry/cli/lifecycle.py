@@ -13,6 +13,7 @@ from adapterbay.registry.cli.common import (
     RegistryOption,
     WhyOption,
     app,
+    complete_name,
     existing,
     forced,
     one_version,
@@ -32,7 +33,11 @@ from adapterbay.registry.views import Listing
 def history(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="An adapter; without it: what was done for every adapter."),
+        typer.Argument(
+            metavar="[NAME]",
+            help="An adapter; without it: what was done for every adapter.",
+            autocompletion=complete_name,
+        ),
     ] = None,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
@@ -52,7 +57,9 @@ def history(
 @app.command()
 @guarded()
 def rollback(
-    reference: Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="The alias to move back.")],
+    reference: Annotated[
+        str, typer.Argument(metavar="NAME@ALIAS", help="The alias to move back.", autocompletion=complete_name)
+    ],
     force: ForceOption = False,
     why: WhyOption = None,
     registry: RegistryOption = None,
@@ -183,7 +190,10 @@ def _bounds(texts: list[str] | None) -> dict[str, float]:
 @guarded()
 def record_comparison(
     reference: ReferenceArgument,
-    against: Annotated[str, typer.Argument(metavar="OTHER", help="The other version, or the word base.")],
+    against: Annotated[
+        str,
+        typer.Argument(metavar="OTHER", help="The other version, or the word base.", autocompletion=complete_name),
+    ],
     metric: Annotated[str, typer.Option("--metric", help="What was measured, such as accuracy.")],
     value: Annotated[float, typer.Option("--value", help="What REF reached.")],
     other: Annotated[float, typer.Option("--other", help="What OTHER reached.")],

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from adapterbay.registry.cli.common import JsonOption, app
 from adapterbay.registry.console import guarded, write_json
-from adapterbay.registry.errors import InvalidArgument, MissingExtra
+from adapterbay.registry.errors import MissingExtra
 from adapterbay.registry.local.store import Registry
-from adapterbay.registry.paths import default_registry
+from adapterbay.registry.location import folder_of
 from adapterbay.registry.serve.settings import DEFAULT_PORT, BaseChoice, ServeSettings, Sizes
 from adapterbay.registry.serve.tokens import Token, TokenFile
 from adapterbay.registry.tables import write, write_table
@@ -22,7 +22,8 @@ token_app = typer.Typer(name="token", help="Who may use a server of this registr
 app.add_typer(token_app)
 
 FolderOption = Annotated[
-    Path | None, typer.Option("--registry", metavar="FOLDER", help="The local registry [ADAPTERBAY_REGISTRY].")
+    str | None,
+    typer.Option("--registry", metavar="PLACE", help="A folder or a configured name [ADAPTERBAY_REGISTRY]."),
 ]
 TokensOption = Annotated[
     Path | None, typer.Option("--tokens-file", metavar="FILE", help="The tokens (tokens.json in the registry).")
@@ -63,7 +64,7 @@ def serve(
         ) from error
     sizes = Sizes(regular_bytes=regular_bytes, commit_bytes=max(Sizes().commit_bytes, regular_bytes))
     settings = ServeSettings(
-        registry=_folder(registry),
+        registry=folder_of(registry, create=True),
         host=host,
         port=port,
         tokens_file=tokens_file,
@@ -90,9 +91,10 @@ def create_token(
     as_json: JsonOption = False,
 ) -> None:
     """Make a token and print it, this once; only its sha256 is kept."""
+    folder = folder_of(registry, create=True)
     if tokens_file is None:
-        Registry.open(_folder(registry)).close()  # a folder that holds tokens only would be no registry
-    token, text = _tokens(registry, tokens_file).create(name, scope, only)
+        Registry.open(folder).close()  # a folder that holds tokens only would be no registry
+    token, text = _tokens(folder, tokens_file).create(name, scope, only)
     if as_json:
         write_json({"token": text, **_shown(token)})
     else:
@@ -103,7 +105,7 @@ def create_token(
 @guarded()
 def list_tokens(registry: FolderOption = None, tokens_file: TokensOption = None, as_json: JsonOption = False) -> None:
     """Show who has a token."""
-    tokens = _tokens(registry, tokens_file).tokens()
+    tokens = _tokens(folder_of(registry, create=False), tokens_file).tokens()
     if as_json:
         write_json({"tokens": [_shown(token) for token in tokens]})
         return
@@ -122,22 +124,15 @@ def revoke_token(
     as_json: JsonOption = False,
 ) -> None:
     """Take a token back. A running server refuses it from now on."""
-    token = _tokens(registry, tokens_file).revoke(name)
+    token = _tokens(folder_of(registry, create=False), tokens_file).revoke(name)
     if as_json:
         write_json({"revoked": _shown(token)})
     else:
         write([f"{token.name} was revoked"])
 
 
-def _tokens(registry: Path | None, tokens_file: Path | None) -> TokenFile:
-    return TokenFile(ServeSettings(_folder(registry), tokens_file=tokens_file).tokens_path)
-
-
-def _folder(registry: Path | None) -> Path:
-    place = default_registry() if registry is None else registry
-    if str(place).startswith("hub:"):
-        raise InvalidArgument(f"{place} is on a Hub: only a local registry can be served.", field="registry")
-    return place.expanduser().absolute()
+def _tokens(folder: Path, tokens_file: Path | None) -> TokenFile:
+    return TokenFile(ServeSettings(folder, tokens_file=tokens_file).tokens_path)
 
 
 def _shown(token: Token) -> dict[str, str | None]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
+from adapterbay.registry.base import BaseReference
 from adapterbay.registry.cli.common import (
     AliasArgument,
     ExpectedOption,
@@ -18,6 +19,7 @@ from adapterbay.registry.cli.common import (
     RegistryOption,
     WhyOption,
     app,
+    complete_name,
     expected_version,
     forced,
     local,
@@ -28,9 +30,10 @@ from adapterbay.registry.cli.common import (
 )
 from adapterbay.registry.cli.reading import show_lineage
 from adapterbay.registry.console import fail, guarded, write_json
-from adapterbay.registry.errors import InvalidArgument
+from adapterbay.registry.errors import InvalidArgument, InvalidReference
 from adapterbay.registry.local.store import Registry
 from adapterbay.registry.location import open_registry
+from adapterbay.registry.manifest import TaskName
 from adapterbay.registry.tables import adapter_table, problem_lines, push_lines, version_lines, write, write_table
 from adapterbay.registry.views import AliasMove, Listing, MetricBound, Problem
 
@@ -99,9 +102,13 @@ def _source(folder: str) -> Path:
 def list_adapters(
     prefix: Annotated[str, typer.Option("--prefix", help="Only names that begin with this.")] = "",
     base: Annotated[
-        str | None, typer.Option("--base", metavar="BASE", help="Only for this base: a reference or a fingerprint.")
+        str | None,
+        typer.Option("--base", metavar="BASE", help="Only for this base: a reference, a path or a fingerprint."),
     ] = None,
-    task: Annotated[str | None, typer.Option("--task", help="Only with this task.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="causal-lm, sequence-classification or feature-extraction: only with this task."),
+    ] = None,
     method: Annotated[str | None, typer.Option("--method", help="Only of this PEFT method, such as LORA.")] = None,
     tag: Annotated[
         list[str] | None, typer.Option("--tag", metavar="KEY[=VALUE]", help="Only with this tag; may be repeated.")
@@ -116,9 +123,11 @@ def list_adapters(
     as_json: JsonOption = False,
 ) -> None:
     """Show adapters with their newest versions; filters look at the newest version."""
+    if task is not None and task not in get_args(TaskName):
+        raise InvalidArgument(f"The task {task[:60]!r} is not one of {', '.join(get_args(TaskName))}.", field="task")
     listing = Listing(
         prefix=prefix,
-        base=base,
+        base=None if base is None else _base(base),
         task=task,
         method=method,
         tags=dict(_tag(text) for text in tag or ()),
@@ -137,6 +146,17 @@ def list_adapters(
         write_json({"adapters": found})
     else:
         write_table(adapter_table(found))
+
+
+def _base(text: str) -> str:
+    """A base as versions name it: a path from the root on. All else as it is: a bare name may be of any scheme."""
+    try:
+        found = BaseReference.parse(text)
+    except InvalidReference:
+        return text
+    if found.scheme not in ("folder", "gguf"):
+        return text
+    return str(BaseReference(found.scheme, str(Path(found.target).expanduser().absolute())))
 
 
 def _tag(text: str) -> tuple[str, str | None]:
@@ -202,7 +222,10 @@ def resolve(reference: ReferenceArgument, registry: RegistryOption = None, as_js
 @guarded()
 def verify(
     reference: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Only this adapter; with --key also one version.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="Only this adapter; with --key also one version.", autocompletion=complete_name
+        ),
     ] = None,
     key: Annotated[
         list[Path] | None,
@@ -213,6 +236,11 @@ def verify(
 ) -> None:
     """Read everything and check every digest. Exits with 1 if anything is wrong."""
     store, name = (open_registry(registry, create=False), None) if reference is None else opened(reference, registry)
+    if name is not None and "@" in name and not key:
+        raise InvalidArgument(
+            f"All versions of an adapter are checked: write {name.partition('@')[0][:128]}. (One version: with --key.)",
+            field="reference",
+        )
     report = store.verify(None if name is None else name.partition("@")[0])
     if key:
         report = replace(report, problems=(*report.problems, *_signatures(local(store), name, key)))

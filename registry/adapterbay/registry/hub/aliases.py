@@ -154,7 +154,7 @@ def rollback(client: HubClient, name: str, alias: str, by: str) -> AliasMove:
         places.pop()
     earlier = [place for place in places if place is not None]
     if not earlier:
-        what = f"was never set on {name}" if current is None else f"never pointed at anything but {current}"
+        what = f"was never set on {name}" if current is None else f"is at {current}, where it was first set"
         raise NotFound(f"There is nothing to go back to: {alias} {what}, as far as {ALIAS_LOG_PATH} knows.")
     return set_alias(client, name, alias, earlier[-1], current, by, rollback=True)
 

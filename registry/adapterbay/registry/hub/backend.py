@@ -204,7 +204,7 @@ class HubRegistry:
     def _summary(self, repository: Repository) -> AdapterSummary | None:
         try:
             return summary(self.client, repository)
-        except (Corrupted, Rejected) as error:
+        except (Corrupted, NotFound, Rejected) as error:  # NotFound: gated, or gone meanwhile
             _log.warning("%s is left out of the list: %s", repository.name, error.message)
             return None
 

@@ -50,6 +50,7 @@ from adapterbay.registry.errors import (
 LOGIN: Final = "log in with `hf auth login` or set HF_TOKEN"
 
 _REASON = re.compile(r"[A-Z][A-Z_]{2,40}")
+_NO_XET = re.compile(r"\b501\b.*/xet-write-token/", re.DOTALL)
 _REFUSALS: Final[Mapping[str, Callable[[str], AdapterbayError]]] = {
     "PROMOTION_REFUSED": lambda said: PromotionRefused(said, unmet=()),
     "UNSUPPORTED_METHOD": UnsupportedMethod,
@@ -86,6 +87,12 @@ def _translated(error: Exception, what: str, writing: bool) -> AdapterbayError:
         return _answered(error, what, writing)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageFull(f"No space left to fetch {what} into {constants.HF_HUB_CACHE}.")
+    if isinstance(error, _TRANSPORT) and _NO_XET.search(str(error)):
+        return Unavailable(
+            f"This server has no Xet storage, by which huggingface_hub sends the large files of {what}: set "
+            "HF_HUB_DISABLE_XET=1 and push again.",
+            reason="NOT_IMPLEMENTED",
+        )
     if isinstance(error, _TRANSPORT):
         return Unavailable(f"The Hub cannot be reached for {what}: {_line(error)}. Check the network and the endpoint.")
     return Unavailable(f"{what} could not be read or written: {_line(error)}.")

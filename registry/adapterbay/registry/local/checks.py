@@ -124,7 +124,10 @@ def rebuild(blobs: BlobStore, records: Records, db: sqlite3.Connection) -> None:
             continue
         digest = changes.digest_of(db, entry.name, entry.subject)
         if entry.subject and not digest:
-            raise Corrupted(f"The {entry.kind} of {entry.name} is about version {entry.subject}, which is lost.")
+            raise Corrupted(
+                f"The journal of {entry.name} says that version {entry.subject} was {entry.kind}, and the record of "
+                "that version is lost: bring it back from a copy of the registry, then rebuild."
+            )
         changes.apply(db, entry, digest)
 
 

@@ -1,14 +1,17 @@
 """Garbage collection of blobs: mark from manifests, sweep what is old enough.
 
 Marked are the manifests of all versions that ever were (small, and the parents of others), the files and signatures of
-versions that are not deleted, and the files of commits, except what only deleted versions brought.
+versions that are not deleted, and the files of commits, except what only deleted versions brought. Old enough is what
+was written, and lost its last version, before the grace period began.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import time
+from datetime import datetime
 from typing import Final
 
 from adapterbay.registry.errors import Corrupted, Rejected
@@ -30,12 +33,13 @@ def collect(blobs: BlobStore, index: Index, grace_seconds: float, *, dry_run: bo
     with index.write() as db:
         marked = _marked(db, blobs)
         deadline = time.time() - grace_seconds
+        leaving = _just_deleted(db, blobs, deadline)
         for digest, path in list(blobs.all()):
             if digest in marked:
                 continue
             status = path.stat()
             # A rename does not change the time of a file: the time of the inode's last change is what tells its age.
-            if max(status.st_mtime, status.st_ctime) > deadline:
+            if digest in leaving or max(status.st_mtime, status.st_ctime) > deadline:
                 fresh += 1
                 continue
             removed += 1
@@ -45,6 +49,22 @@ def collect(blobs: BlobStore, index: Index, grace_seconds: float, *, dry_run: bo
                 blobs.remove(digest)
         kept = len(marked)
     return CollectionReport(removed, freed, fresh, kept, swept_staging, dry_run)
+
+
+def _just_deleted(db: sqlite3.Connection, blobs: BlobStore, deadline: float) -> set[str]:
+    """The files and signatures of versions that were deleted after the deadline: somebody may still be reading them."""
+    found: set[str] = set()
+    for digest, deleted_at, signature in db.execute(
+        "SELECT digest, deleted_at, signature FROM versions WHERE deleted_at IS NOT NULL"
+    ):
+        if datetime.fromisoformat(deleted_at).timestamp() <= deadline:
+            continue
+        if signature is not None:
+            found.add(signature)
+        with contextlib.suppress(Corrupted, Rejected, OSError):  # it needs nothing any more
+            path = blobs.check(digest, None, "The manifest")
+            found.update(entry.digest for entry in Manifest.from_bytes(path.read_bytes()).files)
+    return found
 
 
 def _marked(db: sqlite3.Connection, blobs: BlobStore) -> set[str]:

@@ -44,11 +44,12 @@ class _Written:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A committed push. `new_bytes` were not stored before."""
+    """A committed push. `new_bytes` were not stored before; `overruled`: the demands of guards that were forced."""
 
     version: int
     same_as: int | None
     new_bytes: int
+    overruled: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +105,16 @@ class Writer:
             written.record = (name, version)
             self._records.write_version(record, staging.temporary())
             changes.insert_version(db, record, manifest, files[0].size)
+            overruled: list[str] = []
             for alias in aliases:
                 previous = queries.aliases(db, name).get(alias)
                 detail = self._gate(db, name, alias, version, force)
+                overruled += detail.get("overruled", ())
                 self._write(db, Change("alias_set", name, at, by, version, alias, previous, detail), written)
             for change in also(db, version, at) if also else ():
                 self._write(db, change, written)
             new_bytes = sum(staged.size for staged in files if staged.digest in written.new)
-        return Committed(version, same_as, new_bytes)
+        return Committed(version, same_as, new_bytes, tuple(dict.fromkeys(overruled)))
 
     def change(
         self, build: Callable[[sqlite3.Connection, str], Iterable[Change]], files: Sequence[Staged] = ()
@@ -177,12 +180,12 @@ class Writer:
             return {}
         record = queries.version(db, name, version)
         assert record is not None
-        at_present = queries.version_by_alias(db, name, alias)
+        before = queries.last_place(db, name, alias)
         evidence = Evidence(
             record.metrics,
             queries.comparisons(db, name, version),
             record.signed,
-            at_present[1] if at_present and at_present[1] != record.digest else None,
+            before[1] if before and before[1] != record.digest else None,
         )
         demands = [demand for guard in guards if guard for demand in unmet(guard, evidence)]
         missing = tuple(dict.fromkeys(demands))

@@ -70,7 +70,7 @@ class Lifecycle(Reader):
         current = places.pop() if places else None
         earlier = [place for place in places if place is not None]
         if not earlier:
-            what = f"was never set on {name}" if current is None else f"never pointed at anything but {current}"
+            what = f"was never set on {name}" if current is None else f"is at {current}, where it was first set"
             raise NotFound(f"There is nothing to go back to: {alias} {what}.")
         return self.writer.set_alias(name, alias, earlier[-1], by=self.by, expected=current, force=force, rollback=True)
 
@@ -108,7 +108,15 @@ class Lifecycle(Reader):
         """Says that a version should not be used any more, and why; None takes it back. It stays usable. NotFound."""
         if reason is not None:
             _check_text(reason, "reason", needed=True)
-        self._change_version(name, version, "deprecated", {"reason": reason})
+
+        def build(db: sqlite3.Connection, at: str) -> Iterator[Change]:
+            record = queries.version(db, check_name(name), version)
+            if record is None:
+                raise unknown_version(db, name, version)
+            if record.deprecated != reason:
+                yield self._about(name, version, "deprecated", at, {"reason": reason})
+
+        self.writer.change(build)
 
     def delete(self, name: str, version: int, reason: str = "") -> None:
         """Takes a version away for good. Its number and digest stay known and its number is never used again.

@@ -39,6 +39,17 @@ def version_by_alias(db: sqlite3.Connection, name: str, alias: str) -> tuple[int
     return (row[0], row[1]) if row else None
 
 
+def last_place(db: sqlite3.Connection, name: str, alias: str) -> tuple[int, str] | None:
+    """The version and digest that an alias means, or meant before it was removed; None if that one is deleted."""
+    row = db.execute(
+        "SELECT v.version, v.digest, v.deleted_at FROM events e JOIN versions v ON v.name = e.name "
+        "AND v.version = e.version WHERE e.name = ? AND e.alias = ? AND e.kind = 'alias_set' "
+        "ORDER BY e.sequence DESC LIMIT 1",
+        (name, alias),
+    ).fetchone()
+    return (row[0], row[1]) if row and row[2] is None else None
+
+
 def is_recorded(db: sqlite3.Connection, name: str, version: int) -> bool:
     """Whether a version was ever committed, deleted or not."""
     return db.execute("SELECT 1 FROM versions WHERE name = ? AND version = ?", (name, version)).fetchone() is not None

@@ -225,6 +225,7 @@ class Registry(Lifecycle):
             done.same_as,
             done.new_bytes,
             list(candidate.findings),
+            done.overruled,
         )
 
     def _signing(self, name: str, bundle: Staged) -> Also:
@@ -247,7 +248,7 @@ class Registry(Lifecycle):
         return verify(self.blobs, self.records, self.index, name)
 
     def gc(self, *, grace_seconds: float = DEFAULT_GRACE_SECONDS, dry_run: bool = False) -> CollectionReport:
-        """Removes the blobs that no version needs and that are older than the grace period.
+        """Removes the blobs that no version needed any more when the grace period began.
 
         Files of deleted versions go; manifests stay, so that parents are known. Fresh orphans may belong to an upload
         that is under way.

@@ -8,7 +8,8 @@ Everything that comes in passes the same admission as `registry push`. `app.make
     reading     model info, trees, refs, history          resolve         bytes of files, with ranges
     writing     repositories, tags, commits               lfs             large files
     ndjson      the commit body, parsed as it streams     absent          what is not implemented, and says so
-    repository  the one door to the local store           changes         what a commit makes of a tree
+    repository  the one door to the local store           trees           what a commit makes of a tree
+    incoming    a commit on its way in, or refused        beside          adapters below the root, admitted too
 
 Starlette and uvicorn are imported here only: `pip install 'adapterbay[registry-server]'`.
 """

@@ -47,6 +47,10 @@ _PARTS: Final = {
 }
 
 
+_PAGES: Final = frozenset({"raw", "blob", "tree", "edit", "upload", *_PARTS})
+"""What follows the name of a repository in the addresses of the Hub's web pages."""
+
+
 async def xet(request: Request) -> Response:
     """Xet storage: the clients ask for a token before they upload a large file."""
     of(request).gate.reader(request)
@@ -68,8 +72,11 @@ async def anything(request: Request) -> Response:
             what = next((words for part, words in _PARTS.items() if part in parts[3:5]), None)
         else:
             what = _KINDS.get(parts[1])
+    elif parts and parts[0] in _KINDS:
+        what = _KINDS[parts[0]]
     else:
-        what = _KINDS.get(parts[0]) if parts else None
+        page = next((part for part in parts[1:3] if part in _PAGES), None)
+        what = _PARTS.get(page, f"the web page {page!r} of a repository is") if page else None
     if what is not None:
         raise not_implemented(what)
     raise Refusal(404, f"There is nothing at {request.method} {request.url.path[:200]}.", reason="NO_SUCH_ADDRESS")

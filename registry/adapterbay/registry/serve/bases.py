@@ -28,7 +28,8 @@ class Bases:
         self._known: list[KnownBase] = []
         for choice in choices:
             files = locate(choice.reference)
-            names = {str(choice.reference), choice.reference.target, str(files.reference)}
+            # What PEFT writes down for a base is the folder that it was loaded from.
+            names = {str(choice.reference), choice.reference.target, str(files.reference), str(files.folder)}
             if choice.name is not None:
                 names.add(choice.name)
             self._known.append(KnownBase(frozenset(names), files))

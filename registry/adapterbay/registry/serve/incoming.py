@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -18,9 +18,10 @@ from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.portable import LEDGER_PATH, MANIFEST_PATH, SIGNATURE_PATH
 from adapterbay.registry.serve import trees
 from adapterbay.registry.serve.bases import Bases
+from adapterbay.registry.serve.beside import check_beside
 from adapterbay.registry.serve.ndjson import AddFile, AddLarge, Delete, Header, Operation
 from adapterbay.registry.serve.problems import Refusal
-from adapterbay.registry.serve.repository import Overtaken, Repositories
+from adapterbay.registry.serve.repository import SHA_PREFIX, Overtaken, Repositories
 from adapterbay.registry.serve.uploads import Uploaded
 from adapterbay.registry.serve.version_plan import Entry, Proposal, VersionPlan
 from adapterbay.registry.signing import signer_of
@@ -101,7 +102,7 @@ class Committer:
 
     def _check_parent(self, current: Commit, incoming: Incoming) -> None:
         parent = incoming.header.parent
-        if parent is not None and parent != current.sha:
+        if parent is not None and not (SHA_PREFIX.fullmatch(parent) and current.sha.startswith(parent)):
             raise Refusal(
                 412,
                 f"A commit has happened since: the head of {incoming.name} is {current.sha}, not {parent[:64]}. "
@@ -121,13 +122,26 @@ class Committer:
             return incoming.place(by_digest[digest]) if digest in by_digest else self._log.blob(digest)
 
         proposal = Proposal(current, tree, differing, path_of)
+        check_beside(proposal, self._bases, self._repositories.registry.limits)
         following = max((row.version for row in self._log.versions(incoming.name)), default=0) + 1
         claimed = self._claimed(proposal) or 0
         # A copy of a registry leaves out the numbers that were deleted there.
         number = claimed if following < claimed <= following + LARGEST_GAP else following
         if trees.is_whole(tree) and (differing & trees.ADAPTER_FILES or claimed == number):
             return self._version(VersionPlan(proposal, self._files, number), proposal, number, incoming)
-        return self._edit(proposal, incoming)
+        return self._edit(self._with_own_ledger(proposal), incoming)
+
+    def _with_own_ledger(self, proposal: Proposal) -> Proposal:
+        """An edit leaves the ledger as it is: it is the registry's own, and written with every version."""
+        if LEDGER_PATH not in proposal.differing:
+            return proposal
+        tree = {path: entry for path, entry in proposal.tree.items() if path != LEDGER_PATH}
+        if LEDGER_PATH in proposal.current.tree:
+            tree[LEDGER_PATH] = proposal.current.tree[LEDGER_PATH]
+        differing = proposal.differing - {LEDGER_PATH}
+        if not differing:
+            raise Unchanged
+        return replace(proposal, tree=tree, differing=differing)
 
     def _claimed(self, proposal: Proposal) -> int | None:
         """The version that the client's ledger says the commit is, even if the adapter is as it was."""

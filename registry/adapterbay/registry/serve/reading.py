@@ -17,7 +17,7 @@ from adapterbay.registry.manifest import README_FILE
 from adapterbay.registry.serve import metadata
 from adapterbay.registry.serve.body import read_form
 from adapterbay.registry.serve.problems import entry_not_found, not_implemented, repository_not_found
-from adapterbay.registry.serve.repository import MAIN, Repositories
+from adapterbay.registry.serve.repository import MAIN, Repositories, is_servable
 from adapterbay.registry.serve.server import Server, flag, next_page, of, parameter
 
 MODELS_PAGE: Final = 500
@@ -28,7 +28,7 @@ HISTORY_DEPTH: Final = 2000
 MAX_CARD_BYTES: Final = 4 * 2**20
 
 _FILTERS_WE_HAVE: Final = frozenset(
-    {"search", "author", "filter", "pipeline_tag", "limit", "full", "cardData", "config", "sort", "expand", "cursor"}
+    {"search", "author", "filter", "pipeline_tag", "limit", "full", "cardData", "config", "expand", "cursor"}
 )
 
 
@@ -66,12 +66,14 @@ def models(request: Request) -> Response:
         raise not_implemented(f"the filter {unknown[0][:40]} is")
     limit = min(int(query["limit"]), MODELS_PAGE) if query.get("limit", "").isdigit() else MODELS_PAGE
     found: list[dict[str, Any]] = []
+    if limit == 0:
+        return JSONResponse(found)
     last = query.get("cursor", "")
     for name in _names(server.repositories, f"{query['author']}/" if query.get("author") else "", last):
         if len(found) == limit:
             return JSONResponse(found, headers=next_page(request, cursor=last))
         last = name
-        if name.count("/") < 2 and caller.sees(name) and query.get("search", "").lower() in name:
+        if is_servable(name) and caller.sees(name) and query.get("search", "").lower() in name:
             info = _summary(server, name)
             if info is not None and _matches(info, query.getlist("filter"), query.get("pipeline_tag")):
                 found.append(info)

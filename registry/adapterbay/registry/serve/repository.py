@@ -35,9 +35,13 @@ PROTOCOL_WORDS: Final = frozenset(
     }
 )
 """The second part of a name that would be taken for something else in an address."""
+KINDS: Final = frozenset({"api", "models", "datasets", "spaces", "kernels", "buckets"})
+"""The first part of a name that would be."""
+
+SHA_PREFIX: Final = re.compile(r"[0-9a-f]{7,40}")
+"""A commit, whole or shortened as the clients allow."""
 
 _VERSION = re.compile(r"v([1-9][0-9]{0,17})")
-_SHA_PREFIX = re.compile(r"[0-9a-f]{7,40}")
 
 
 class Overtaken(Exception):
@@ -114,7 +118,7 @@ class Repositories:
             version = self._aliases(name).get(wanted)
             if version is not None:
                 found = self.log.of_version(name, version)
-            elif _SHA_PREFIX.fullmatch(wanted):
+            elif SHA_PREFIX.fullmatch(wanted):
                 found = self._by_sha(name, wanted)
         if found is None:
             raise revision_not_found(f"{name} has no revision {revision[:200]!r}: main, vN, an alias or a commit.")
@@ -286,8 +290,19 @@ def check_servable(name: str) -> None:
         raise InvalidReference(f"{name} has {len(parts)} parts; an adapter on a server has one or two.", field="name")
     if parts[-1] in PROTOCOL_WORDS and len(parts) == 2:
         raise InvalidReference(f"{name}: {parts[-1]!r} is a word of the Hub's addresses; choose another.", field="name")
+    if parts[0] in KINDS:
+        raise InvalidReference(f"{name}: {parts[0]!r} is a word of the Hub's addresses; choose another.", field="name")
     if any("--" in part or part.endswith((".git", ".ipynb")) for part in parts):
         raise InvalidReference(f"{name}: the Hub's clients refuse '--' and names that end with .git.", field="name")
+
+
+def is_servable(name: str) -> bool:
+    """Whether the clients can ask for the name at all: a store may hold others, which are not listed."""
+    try:
+        check_servable(name)
+    except InvalidReference:
+        return False
+    return True
 
 
 def _plain_revision(revision: str) -> str:

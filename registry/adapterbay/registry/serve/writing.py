@@ -118,14 +118,12 @@ async def branch(request: Request) -> Response:
 
 
 async def validate_yaml(request: Request) -> Response:
-    """The check of a card that the clients ask for before an upload."""
-    server = of(request)
-    server.gate.reader(request)
-    content = (await _json(request, server)).get("content")
+    """The check of a card that the clients ask for before an upload: `ModelCard.push_to_hub` asks without its token."""
+    content = (await _json(request, of(request))).get("content")
     if not isinstance(content, str):
         raise Refusal(400, "The content of the card is missing.", reason="BAD_CARD")
     try:
-        metadata.front_matter(content.encode("utf-8", "replace"))
+        await run_in_threadpool(metadata.front_matter, content.encode("utf-8", "replace"))
     except metadata.FrontMatterError as error:
         problem = {"message": f"The front matter of README.md is not usable: {error}."}
         return JSONResponse({"errors": [problem], "warnings": []}, 400)
