@@ -43,7 +43,12 @@ Selection = str | Mapping[str, float] | None
 def held(engine: Engine) -> Iterator[None]:
     """Stops the engine's thread between two steps, so that what a test does meanwhile falls into one pause."""
     began, go_on = threading.Event(), threading.Event()
-    engine._loop.post(lambda: (began.set(), go_on.wait(60)))  # type: ignore[func-returns-value, arg-type, return-value]
+
+    def stand_still() -> None:
+        began.set()
+        go_on.wait(60)
+
+    engine._loop.post(stand_still)
     assert began.wait(60)
     try:
         yield

@@ -157,7 +157,7 @@ def test_a_full_queue_says_when_to_try_again(served: Served) -> None:
             while narrow.engine.stats().waiting < 1:
                 time.sleep(0.01)
             with pytest.raises(ResourceExhaustedError) as full:
-                client.generate("a", base=True)
+                client.generate("a", base=True, timeout=30)
         assert full.value.retry_after_seconds is not None
         assert full.value.retry_after_seconds > 0
         streams[0].close()

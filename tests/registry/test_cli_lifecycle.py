@@ -98,6 +98,29 @@ def test_a_guard_of_every_adapter(trained: Callable[[float], Path]) -> None:
     assert "not guarded" in told("guard", "champion", "--rm", code=1)
 
 
+def test_a_guard_is_never_set_or_shown_for_what_was_not_meant(trained: Callable[[float], Path]) -> None:
+    run("push", trained(0.7), "sentiment")
+    assert "write sentiment@ALIAS" in told("guard", "sentiment", "--min", "accuracy=0.8", code=2)
+    assert run_json("history")["history"] == []
+    run("guard", "best", "--min", "accuracy=0.8")
+    assert guarded("champion") == []
+    assert "not an alias" in told("guard", "x y z", code=2)
+    assert "not an alias" in told("guard", "sentiment@Best", code=2)
+    assert "no adapter" in told("guard", "sentimnet@best", code=1).lower()
+    for value in ("inf", "nan"):
+        assert "accuracy" in told("guard", "best", "--min", f"accuracy={value}", code=2)
+        said = ("--metric", "accuracy", "--value", value, "--other", 1, "--inputs", 9, "--verdict", "better")
+        assert "must be a number" in told("record-comparison", "sentiment@1", "base", *said, code=2)
+
+
+def test_a_home_of_nobody_is_one_line(trained: Callable[[float], Path]) -> None:
+    run("push", trained(0.5), "x")
+    assert "no base at ~nobody-here" in told("list", "--base", "~nobody-here/x", code=2)
+    for command in (["list"], ["doctor"], ["token", "list"]):
+        assert "is no path" in told(*command, "--registry", "~nobody-here/x", code=2)
+    assert "There is no registry at" in told("token", "list", "--registry", "/nowhere/at/all", code=2)
+
+
 def test_verify_does_not_pass_for_a_version_it_was_not_asked_to_check(trained: Callable[[float], Path]) -> None:
     run("push", trained(0.5), "x")
     assert "write x." in told("verify", "x@99", code=2)

@@ -9,7 +9,7 @@ import pytest
 
 from adapterbay.registry import Registry
 from adapterbay.registry.errors import InvalidArgument, NotFound, PromotionRefused, StaleAlias
-from adapterbay.registry.gate import Comparison, Guard
+from adapterbay.registry.gate import Comparison, Guard, Verdict
 from adapterbay.registry.local.commit import Force
 
 Trained = Callable[..., Path]
@@ -56,8 +56,8 @@ def test_a_guard_lets_pass_what_meets_it(trained: Trained, registry: Registry) -
     two = registry.push(trained(accuracy=0.9, loss=0.3), "x")
     registry.guard("x", "champion", GUARD)
 
-    def compared(against: str, verdict: str) -> None:
-        registry.record_comparison("x", 2, Comparison(against, "accuracy", 0.9, 0.81, 240, verdict))  # type: ignore[arg-type]
+    def compared(against: str, verdict: Verdict) -> None:
+        registry.record_comparison("x", 2, Comparison(against, "accuracy", 0.9, 0.81, 240, verdict))
 
     compared("base", "better")  # not with the champion
     with pytest.raises(PromotionRefused, match="comparison"):

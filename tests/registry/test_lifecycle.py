@@ -20,6 +20,7 @@ from adapterbay.registry.errors import (
     Rejected,
     Untrusted,
 )
+from adapterbay.registry.gate import Guard
 from adapterbay.registry.local import collection
 from adapterbay.registry.signing import sign
 from adapterbay.registry.views import Listing, MetricBound
@@ -238,6 +239,20 @@ def test_signatures_are_kept_with_the_digest(trained: Trained, registry: Registr
     (pulled / "adapterbay" / "model.sig").write_bytes(b"no bundle")
     with pytest.raises(Untrusted):
         other.push(pulled, "y")
+
+
+def test_a_signature_is_of_versions_to_come_too(trained: Trained, registry: Registry) -> None:
+    folder = trained()
+    registry.push(folder, "x")
+    registry.attach_signature("x", 1, b"one")
+    registry.push(folder, "x")
+    registry.push(folder, "other", aliases=["first"])
+    registry.guard("other", "champion", Guard(requires=("signature",)))
+    assert registry.set_alias("other", "champion", 1).overruled == ()
+    assert registry.version("x", 2).signed
+    registry.rebuild_index()
+    assert registry.version("x", 2).signed
+    assert registry.verify().ok
 
 
 def test_a_pulled_folder_is_the_same_version_again(trained: Trained, registry: Registry, tmp_path: Path) -> None:

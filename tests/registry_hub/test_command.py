@@ -43,7 +43,8 @@ def run(plain: PlainHub, tmp_path: Path) -> Callable[[Sequence[Sequence[object]]
         command = [sys.executable, "-c", RUN]
         done = subprocess.run(command, input=asked, capture_output=True, text=True, env=env, timeout=240, check=False)
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)  # type: ignore[no-any-return]
+        answers: list[list[Any]] = json.loads(done.stdout)
+        return answers
 
     return all_of
 

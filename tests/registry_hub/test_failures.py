@@ -17,6 +17,7 @@ from plain_hub import Failure, PlainHub
 
 from adapterbay.registry.base import locate
 from adapterbay.registry.errors import BaseNotFound, NotFound, Rejected, Unavailable
+from adapterbay.registry.hub import aliases as alias_moves
 from adapterbay.registry.hub.backend import HubRegistry
 from adapterbay.registry.serve.tokens import TokenFile
 
@@ -225,6 +226,14 @@ def test_what_our_server_refuses_has_its_reason(
         registry.set_alias("tales", "champion", 2)
     assert "accuracy" in caught.value.message
     assert registry.aliases("tales") == {"champion": 1}, "where it was"
+    with pytest.raises(PromotionRefused):
+        registry.push(content(3), "tales", aliases=["champion", "challenger"])
+    assert registry.aliases("tales") == {"champion": 1}
+    began = time.monotonic()
+    assert registry.set_alias("tales", "challenger", 3).version == 3
+    assert time.monotonic() - began < alias_moves.SETTLE_SECONDS, "nobody waits for a move that was refused"
+    with pytest.raises(NotFound, match="is at 1, where it was first set"):
+        registry.rollback("tales", "champion")
     store.close()
 
 

@@ -195,8 +195,12 @@ def done(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("who", ["client", "server"])
-def test_a_killed_mirror_goes_on(who: str, source: Registry, server: ServerProcess, tmp_path: Path) -> None:
+def test_a_killed_mirror_goes_on(
+    who: str, source: Registry, content: Content, server: ServerProcess, tmp_path: Path
+) -> None:
     home = tmp_path / "home"
+    for number in range(20, 30):  # so that the kill comes long before the last of them
+        source.push(content(number), "team/zebra")
     mirroring = command(home, server.endpoint, "mirror", source.root, "hub:team")
     assert mirroring.stdout is not None
     first = mirroring.stdout.readline()
@@ -213,7 +217,7 @@ def test_a_killed_mirror_goes_on(who: str, source: Registry, server: ServerProce
     out, _ = done(command(home, server.endpoint, "mirror", source.root, "hub:team", "--json"))
     report = json.loads(out)["report"]
     assert report["present"] >= 1
-    assert report["present"] + len(report["copied"]) == 5
+    assert report["present"] + len(report["copied"]) == 15
     hub = HubRegistry("hub:team", endpoint=server.endpoint, cache=tmp_path / "hub-cache")
     assert contents(hub) == contents(source)
     assert hub.verify().ok

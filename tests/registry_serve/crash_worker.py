@@ -132,8 +132,12 @@ class Crash:
     def create(self, name: str) -> None:
         child = os.fork()
         if child == 0:
-            HfApi(endpoint=f"http://127.0.0.1:{self.settings.port}", token=self.token).create_repo(name)
-            os._exit(0)
+            code = 1
+            try:
+                HfApi(endpoint=f"http://127.0.0.1:{self.settings.port}", token=self.token).create_repo(name)
+                code = 0
+            finally:
+                os._exit(code)
         assert os.waitpid(child, 0)[1] == 0
 
     def state(self, name: str) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +13,15 @@ from registry_serve.tools import Hub, new_weights
 from registry_tools import Draft, Tiny
 from safetensors.torch import load_file, save_file
 
-from adapterbay.registry import Registry
+from adapterbay.registry import Registry, locate
+from adapterbay.registry.digest import digest_bytes
 from adapterbay.registry.portable import LEDGER_PATH
 
 Change = Callable[[Path], None]
 
 
 @pytest.fixture
-def api(hub: Hub, llama: Tiny, request: pytest.FixtureRequest) -> HfApi:
+def api(hub: Hub, llama: Tiny) -> HfApi:
     """The client of a server that has version 1 of `team/beside`."""
     api = hub.api()
     api.create_repo("team/beside", exist_ok=True)
@@ -75,6 +77,23 @@ def test_an_adapter_in_a_folder_passes_the_same_admission(
         api.upload_file(repo_id="team/beside", path_in_repo=f"second/{weights.name}", path_or_fileobj=weights)
 
 
+def test_an_adapter_in_a_folder_may_call_its_base_as_it_likes(api: HfApi, llama: Tiny, tmp_path: Path) -> None:
+    """By the fingerprint in its record, as at the root; without the record it cannot be found any more."""
+    folder = new_weights(llama.adapter, tmp_path / "fourth", 4)
+    other_base(folder)
+    fingerprint = locate(str(llama.base)).fingerprint
+    record = {"base": {"reference": "nobody/knows", "fingerprint": fingerprint}}
+    (folder / "training.json").write_text(json.dumps(record))
+    api.upload_folder(repo_id="team/beside", folder_path=folder, path_in_repo="fourth")
+    with pytest.raises(HfHubHTTPError, match=r"fourth/: .*nobody/knows"):
+        api.delete_file("fourth/training.json", repo_id="team/beside")
+    record["base"]["fingerprint"] = "sha256:" + "0" * 64
+    with pytest.raises(HfHubHTTPError, match="fourth/: "):
+        api.upload_file(
+            repo_id="team/beside", path_in_repo="fourth/training.json", path_or_fileobj=json.dumps(record).encode()
+        )
+
+
 def test_parts_are_checked_as_far_as_they_can_be(api: HfApi) -> None:
     lying = (2**40).to_bytes(8, "little") + b"{}"
     for path, data, words in (
@@ -118,7 +137,15 @@ def test_peft_pushes_two_adapters_and_loads_the_second(hub: Hub, llama: Tiny, tm
 
 def test_the_ledger_is_the_servers_own(api: HfApi, hub: Hub, llama: Tiny, tmp_path: Path) -> None:
     path = Path(api.hf_hub_download("team/beside", LEDGER_PATH, cache_dir=tmp_path / "before"))
-    ledger, head = path.read_bytes(), api.model_info("team/beside").sha
+    ledger = path.read_bytes()
+    api.upload_file(repo_id="team/beside", path_in_repo=LEDGER_PATH, path_or_fileobj=b"{}")
+    api.create_commit(
+        "team/beside",
+        [CommitOperationAdd(LEDGER_PATH, b"{ }"), CommitOperationAdd("more.md", b"more")],
+        commit_message="A ledger of its own",
+    )
+    assert not Registry.open(hub.store).blobs.path(digest_bytes(b"{ }")).exists(), "what no commit names is not kept"
+    head = api.model_info("team/beside").sha
     api.upload_file(repo_id="team/beside", path_in_repo=LEDGER_PATH, path_or_fileobj=b"{}")
     assert api.model_info("team/beside").sha == head, "nothing changed"
     api.create_commit(

@@ -5,20 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from hub_tools import free_port
 from registry_tools import Tiny
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "hub.md"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_hub_of_your_own(llama: Tiny, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hostile_tools import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from adapterbay.registry.errors import Rejected
@@ -117,13 +118,13 @@ def bodies(draw: st.DrawFn) -> bytes:
 
 
 @given(bodies(), st.lists(st.integers(0, 50), max_size=200))
-@settings(max_examples=400, deadline=None)
+@fuzz(400)
 def test_the_same_as_a_naive_parser(body: bytes, sizes: list[int]) -> None:
     assert parse(cut(body, sizes)) == naive(body)
 
 
 @given(bodies(), st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=3)), min_size=1, max_size=5))
-@settings(max_examples=400, deadline=None)
+@fuzz(400)
 def test_damage_is_refused_or_harmless(body: bytes, damage: list[tuple[int, bytes]]) -> None:
     """What still parses is what strict JSON makes of it; anything else is Rejected, and nothing else is raised."""
     data = bytearray(body)
@@ -138,7 +139,7 @@ def test_damage_is_refused_or_harmless(body: bytes, damage: list[tuple[int, byte
 
 
 @given(st.binary(max_size=500), st.lists(st.integers(0, 20), max_size=30))
-@settings(max_examples=300, deadline=None)
+@fuzz(300)
 def test_noise_is_refused(noise: bytes, sizes: list[int]) -> None:
     with pytest.raises(Rejected):
         parse(cut(noise, sizes))

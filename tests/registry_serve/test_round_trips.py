@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
@@ -14,6 +16,8 @@ from registry_serve.tools import Hub, files_of, new_weights
 from registry_tools import Tiny
 
 from adapterbay.registry import Registry
+from adapterbay.registry.digest import digest_bytes
+from adapterbay.registry.local import collection
 
 
 def test_pushed_here_pulled_by_the_client(hub: Hub, llama: Tiny, tmp_path: Path) -> None:
@@ -240,6 +244,35 @@ def test_deleted_versions(hub: Hub, llama: Tiny, tmp_path: Path) -> None:
     assert "team/gone" not in [info.id for info in api.list_models()]
     assert store.push(llama.adapter, "team/gone").version == 4
     assert get("v4", "adapter_config.json") == (llama.adapter / "adapter_config.json").read_bytes()
+
+
+def test_a_tag_is_the_newest_commit_of_its_version(hub: Hub, llama: Tiny, tmp_path: Path) -> None:
+    """Going back to a version makes a second commit of it. SHAs have no order: six names make chance visible."""
+    store, api = Registry.open(hub.store), hub.api()
+    later = new_weights(llama.adapter, tmp_path / "later", 9)
+    for name in (f"team/again-{number}" for number in range(6)):
+        store.push(llama.adapter, name, aliases=["champion"])
+        store.push(later, name)
+        api.list_repo_refs(name)
+        store.delete(name, 2)
+        tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(name).tags}
+        assert tags["v1"] == tags["champion"] == api.model_info(name, revision="v1").sha == api.model_info(name).sha
+
+
+def test_gc_keeps_a_commits_files_for_the_grace_period(hub: Hub, llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, api = Registry.open(hub.store), hub.api()
+    api.create_repo("team/leaving")
+    api.upload_folder(repo_id="team/leaving", folder_path=llama.adapter)
+    api.upload_file(repo_id="team/leaving", path_in_repo="notes.md", path_or_fileobj=b"notes of one who is leaving")
+    notes = store.blobs.path(digest_bytes(b"notes of one who is leaving"))
+    written = time.time()
+    store.delete("team/leaving", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(collection, "time", SimpleNamespace(time=lambda: written))
+        store.gc(grace_seconds=0)
+    assert notes.exists()
+    store.gc(grace_seconds=0)
+    assert not notes.exists()
 
 
 def test_a_signature_that_comes_later(hub: Hub, llama: Tiny, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import typer
 from adapterbay.cli import options
 from adapterbay.cli.console import asking
 from adapterbay.client import Client, ComparisonAnswer, Selection
-from adapterbay.comparison import PairedComparison, compare_paired
+from adapterbay.comparison import PairedComparison, compare_paired, require_statistics
 from adapterbay.registry import Registry
 from adapterbay.registry.console import write_json
 from adapterbay.registry.errors import InvalidArgument, MissingExtra
@@ -87,7 +87,10 @@ def compare(
         )
     if record and (selections[0].adapter is None or selections[1].fusion is not None):
         raise InvalidArgument("--record is for one adapter against another, or against the base.", field="record")
-    store = Registry.open(registry, create=False) if record else None  # before anything is computed
+    store = None
+    if record:  # what may fail, before anything is computed
+        require_statistics()
+        store = Registry.open(registry, create=False)
     found: list[ComparisonAnswer] = []
     with Client(server, timeout=timeout) as client, asking(server):
         if _task(client, task, selections) is TaskChoice.CLASSIFY:
@@ -116,8 +119,6 @@ def compare(
         try:
             scored = score(labels, found)
         except MissingExtra as error:
-            if store is not None:
-                raise
             typer.echo(f"not scored: {error.message}", err=True)
             return
         if as_json:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from adapterbay.comparison.paired import ArmAccuracy, PairedComparison, Verdict, compare_paired
+from adapterbay.comparison.paired import ArmAccuracy, PairedComparison, Verdict, compare_paired, require_statistics
 
-__all__ = ["ArmAccuracy", "PairedComparison", "Verdict", "compare_paired"]
+__all__ = ["ArmAccuracy", "PairedComparison", "Verdict", "compare_paired", "require_statistics"]

@@ -42,6 +42,14 @@ class PairedComparison:
     disagreements: tuple[int, ...]
 
 
+def require_statistics() -> None:
+    """Raises MissingExtra if comparisons cannot be tested here."""
+    try:
+        import statsmodels.stats.api  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra("Statistics need statsmodels: pip install 'adapterbay[server]'.") from error
+
+
 def compare_paired(
     labels: Sequence[str], first: Sequence[str], second: Sequence[str], *, level: float = 0.95
 ) -> PairedComparison:
@@ -50,11 +58,10 @@ def compare_paired(
     `level` is the confidence of the intervals; the verdict is "inconclusive" unless the exact McNemar p-value is at
     most 1 − level. Raises InvalidArgument for no inputs or lengths that differ.
     """
-    try:
-        from statsmodels.stats.contingency_tables import mcnemar
-        from statsmodels.stats.proportion import proportion_confint
-    except ImportError as error:
-        raise MissingExtra("Statistics need statsmodels: pip install 'adapterbay[server]'.") from error
+    require_statistics()
+    from statsmodels.stats.contingency_tables import mcnemar
+    from statsmodels.stats.proportion import proportion_confint
+
     if not labels or len(labels) != len(first) or len(labels) != len(second):
         raise InvalidArgument(
             f"A paired comparison needs one answer of each arm for each label; there are {len(labels)} labels, "

@@ -25,6 +25,7 @@ from adapterbay.registry.backend import Backend
 from adapterbay.registry.base import BaseFiles, BaseReference, locate
 from adapterbay.registry.errors import BaseMismatch, InvalidArgument, MissingExtra, TaskMismatch
 from adapterbay.registry.local.commit import Force
+from adapterbay.registry.local.store import Registry
 from adapterbay.registry.manifest import TRAINING_FILE, Manifest
 from adapterbay.registry.views import PushReceipt, Resolved, Snapshot
 
@@ -206,7 +207,11 @@ def fuse_versions(
     Raises InvalidArgument, NotFound, BaseMismatch (both fingerprints), TaskMismatch (tasks or labels), MissingExtra
     without PEFT, and what a push raises: NoEffect if the parts cancel out.
     """
-    overruling: dict[str, Any] = {} if force is None else {"force": force}
+    overruling: dict[str, Any] = {}
+    if force is not None:
+        if not isinstance(registry, Registry):
+            raise InvalidArgument("A guard is overruled in a registry in a folder only.", field="force")
+        overruling["force"] = force
     settings = settings.completed()
     _check_together(parts, settings)
     fuser = find_fuser()

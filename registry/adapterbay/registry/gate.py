@@ -7,6 +7,7 @@ rollback.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
@@ -47,6 +48,8 @@ class Comparison:
             raise InvalidArgument(f"{self.verdict!r} is no verdict: better, worse or inconclusive.", field="verdict")
         if self.inputs < 1 or not self.metric:
             raise InvalidArgument("A comparison needs a metric and at least one input.", field="inputs")
+        if not (math.isfinite(self.value) and math.isfinite(self.other)):
+            raise InvalidArgument(f"{self.metric[:60]} must be a number: {self.value}, {self.other}.", field="value")
         if self.p_value is not None and not 0 <= self.p_value <= 1:
             raise InvalidArgument(f"A p-value lies between 0 and 1, not at {self.p_value}.", field="p_value")
 
@@ -78,6 +81,9 @@ class Guard:
             raise InvalidArgument(
                 f"{unknown[0][:60]!r} is no evidence that can be required: {', '.join(EVIDENCE)} are.", field="requires"
             )
+        for metric, bound in (*self.minimum.items(), *self.maximum.items()):
+            if not math.isfinite(bound):
+                raise InvalidArgument(f"The bound on {metric[:60]} is {bound}: write accuracy=0.8.", field="guard")
         if not (self.minimum or self.maximum or self.requires):
             raise InvalidArgument("A guard demands something: a bound on a metric, or evidence.", field="guard")
         both = sorted(metric for metric in self.minimum.keys() & self.maximum.keys() if self._crossed(metric))

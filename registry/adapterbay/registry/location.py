@@ -29,7 +29,7 @@ from adapterbay.registry.errors import InvalidArgument, RegistryNotFound
 from adapterbay.registry.hub.names import Namespace
 from adapterbay.registry.local.store import Registry
 from adapterbay.registry.nearest import nearest_words
-from adapterbay.registry.paths import home
+from adapterbay.registry.paths import expanded, home
 from adapterbay.registry.reference import HubReference
 
 REGISTRY_VARIABLE: Final = "ADAPTERBAY_REGISTRY"
@@ -119,7 +119,7 @@ def open_registry(place: str | Path | None, *, create: bool) -> Backend:
     """
     if isinstance(place, Path):
         return Registry.open(place, create=create)
-    place = place or os.environ.get(REGISTRY_VARIABLE) or str(home() / "registry")
+    place = place or _default()
     if is_hub(place):
         return _hub(place, NamedRegistry(place=place))
     chosen = _named(place, create)
@@ -133,12 +133,16 @@ def folder_of(place: str | None, *, create: bool) -> Path:
 
     It need not be there. Raises InvalidArgument for a place on the Hub, and as `open_registry` does for names.
     """
-    place = place or os.environ.get(REGISTRY_VARIABLE) or str(home() / "registry")
+    place = place or _default()
     chosen = None if is_hub(place) else _named(place, create)
     folder = place if chosen is None else chosen.place
     if is_hub(folder):
         raise InvalidArgument(f"{place} is on a Hub: this works on a local registry only.", field="registry")
-    return Path(folder).expanduser().absolute()
+    return expanded(folder)
+
+
+def _default() -> str:
+    return os.environ.get(REGISTRY_VARIABLE) or str(home() / "registry")
 
 
 def _named(place: str, create: bool) -> NamedRegistry | None:

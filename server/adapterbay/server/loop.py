@@ -88,7 +88,7 @@ class Loop:
                 self._sleep()
         stopped = Cancelled("The server is stopping.")
         for row in list(self.scheduler.running):
-            self._fail(row, stopped)
+            self._end(row, stopped)
         for group in list(self.scheduler.waiting_groups()):
             self.fail_group(group, stopped)
 
@@ -120,7 +120,7 @@ class Loop:
         for row in list(self.scheduler.running):
             error = _over(row, now)
             if error is not None:
-                self._fail(row, error)
+                self._end(row, error)
         for group in list(self.scheduler.waiting_groups()):
             over = [error for row in group.rows if (error := _over(row, now)) is not None]
             if over:
@@ -154,7 +154,7 @@ class Loop:
             log.exception("a step failed")
             fault = EngineFault(f"A step of {len(shares)} rows failed: {error!r}")
             for share in shares:
-                self._fail(share.row, fault)
+                self._end(share.row, fault)
             return True
         self.steps += 1
         self._postprocess(result)
@@ -179,12 +179,12 @@ class Loop:
             try:
                 delta = output.push(token)
             except AdapterbayError as error:
-                self._fail(row, error)
+                self._end(row, error)
                 continue
             row.tokens.append(token.token_id)
             self._tell(row, delta)
             if output.finish is not None:
-                self._done(row, _generated(row, output, now))
+                self._end(row, _generated(row, output, now))
 
     def _take_states(self, result: StepResult, now: float) -> None:
         ready: list[tuple[Row, torch.Tensor]] = []
@@ -202,21 +202,15 @@ class Loop:
             ready = [(row, pooled.get(row, state)) for row, state in ready]
         for row, state in ready:
             try:
-                self._done(row, _labelled(row, state, now) if row in labelled else _embedded(row, state, now))
+                self._end(row, _labelled(row, state, now) if row in labelled else _embedded(row, state, now))
             except AdapterbayError as error:
-                self._fail(row, error)
+                self._end(row, error)
 
-    def _done(self, row: Row, event: Event) -> None:
-        """Ends a row. Its place is free before its caller hears of it: who hears may submit the next one at once."""
-        self._finish(row)
-        self._tell(row, event)
-
-    def _fail(self, row: Row, error: AdapterbayError) -> None:
-        self._done(row, error)
-
-    def _finish(self, row: Row) -> None:
+    def _end(self, row: Row, event: Event) -> None:
+        """Ends a running row. Its place is free before its caller hears: who hears may submit the next one at once."""
         self.scheduler.finish(row)
         self._left(row)
+        self._tell(row, event)
 
     def _tell(self, row: Row, event: Event) -> None:
         try:

@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 
 from adapterbay.registry.errors import DeadlineExceeded
+from adapterbay.server.services import interceptor
 from adapterbay.server.services.interceptor import CallInterceptor, Gate, Phase
 
 METHOD = "/adapterbay.v1.InferenceService/Generate"
@@ -29,7 +30,7 @@ class Gone:
         raise RuntimeError("batch failed")
 
 
-class Details:
+class Details(grpc.HandlerCallDetails):
     """Of a call of ours."""
 
     method = METHOD
@@ -44,8 +45,8 @@ async def answers(_request: Any, _context: Any) -> AsyncGenerator[Any, None]:
     yield "one"
 
 
-@pytest.mark.parametrize("kind", ["unary", "stream"])
-async def test_a_handler_whose_caller_left_ends_by_cancellation(kind: str) -> None:
+async def call(kind: str, gate: Gate) -> asyncio.Task[Any]:
+    """A handler of ours under way, whose messages cannot be sent."""
     handler = (
         grpc.unary_unary_rpc_method_handler(late, request_deserializer=bytes)
         if kind == "unary"
@@ -55,15 +56,28 @@ async def test_a_handler_whose_caller_left_ends_by_cancellation(kind: str) -> No
     async def found(_details: Any) -> Any:
         return handler
 
-    gate = Gate()
     gate.phase = Phase.SERVING
-    wrapped = await CallInterceptor(gate).intercept_service(found, Details())  # type: ignore[arg-type]
+    wrapped = await CallInterceptor(gate).intercept_service(found, Details())
     answer = wrapped.unary_unary or wrapped.unary_stream
     assert answer is not None
-    task = asyncio.ensure_future(answer(b"", Gone()))
+    return asyncio.ensure_future(answer(b"", Gone()))
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+async def test_a_handler_whose_caller_left_ends_by_cancellation(kind: str) -> None:
+    gate = Gate()
+    task = await call(kind, gate)
     done, _ = await asyncio.wait([task], timeout=0.1)
     assert not done
     assert gate.under_way == 0, "a drain does not wait for it"
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+async def test_a_message_that_nobody_could_be_sent_is_no_secret(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller is still there, so the message itself was wrong: gRPC is told, instead of a stream that just ends."""
+    monkeypatch.setattr(interceptor, "GONE_SECONDS", 0.01)
+    with pytest.raises(RuntimeError, match="batch failed"):
+        await (await call(kind, Gate()))

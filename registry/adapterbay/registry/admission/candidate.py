@@ -189,8 +189,9 @@ def _left_out(folder: PeftFolder) -> list[str]:
     others = [name for name in inner_adapters(folder.path) if not is_checkpoint(name)] if folder.path else []
     if others:
         findings.append(f"more adapters in {_some(others)}: push them one by one")
-    if folder.left_out:
-        findings.append(f"left out: {_some(folder.left_out)}")
+    rest = [name for name in folder.left_out if name.rstrip("/") not in others]
+    if rest:
+        findings.append(f"left out: {_some(rest)}")
     return findings
 
 

@@ -4,8 +4,8 @@
     trainer_state.json                     its log: evaluations, steps, epochs, learning rate
     README.md                              the front matter's `datasets`, `license` and `language`
 
-They are kept in the manifest as the training record, under the names that the trainer of adapterbay uses. A file that
-cannot be read is said, not refused: nothing depends on it.
+They are kept in the manifest as the training record, under the names that the trainer of adapterbay uses. A result
+or state that cannot be read is said, not refused: nothing depends on it. README.md is a file of the version itself.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _metrics(documents: Mapping[str, Mapping[str, Any]], folder_name: str) -> tu
         return {}, "", None
     state = documents[STATE_FILE]
     step = state.get("global_step")
-    if _best_elsewhere(state, folder_name) is not None:
+    if _best_elsewhere(state, folder_name):
         return {}, "", f"{STATE_FILE} does not say which of its evaluations is of these weights: no metrics were taken"
     log = state.get("log_history")
     entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
@@ -97,16 +97,14 @@ def _metrics(documents: Mapping[str, Mapping[str, Any]], folder_name: str) -> tu
     return _plain_metrics({"train_loss": losses[-1]["train_loss"]} if losses else {}), STATE_FILE, None
 
 
-def _best_elsewhere(state: Mapping[str, Any], folder_name: str) -> int | None:
-    """The step of the best checkpoint, where the folder may hold its weights instead of the last ones.
+def _best_elsewhere(state: Mapping[str, Any], folder_name: str) -> bool:
+    """Whether the folder may hold the weights of the best checkpoint instead of the last ones.
 
     The Trainer loads it at the end (load_best_model_at_end) and does not say so.
     """
     step, best = state.get("global_step"), state.get("best_global_step")
     named = _CHECKPOINT.fullmatch(folder_name)
-    if best == step or (named and _is_count(step) and int(named[1]) == step):
-        return None
-    return best if _is_count(best) else None
+    return best not in (None, step) and not (named and _is_count(step) and int(named[1]) == step)
 
 
 def _plain_metrics(values: Mapping[str, Any]) -> dict[str, float]:
@@ -128,8 +126,8 @@ def _course(state: Mapping[str, Any], folder_name: str) -> dict[str, Any]:
         found["steps"] = state["global_step"]
     if _is_number(state.get("epoch")) and state["epoch"] > 0:
         found["epochs"] = state["epoch"]
-    best = _best_elsewhere(state, folder_name)
-    if best is not None and found:
+    best = state.get("best_global_step")
+    if found and _is_count(best) and _best_elsewhere(state, folder_name):
         found["best_step"] = best
     settings: dict[str, Any] = {}
     for key, name in (("num_train_epochs", "epochs"), ("max_steps", "max_steps"), ("train_batch_size", "batch_size")):

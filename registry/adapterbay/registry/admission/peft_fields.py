@@ -129,6 +129,9 @@ TASK_TYPES: Final = frozenset(
 INITIALISATIONS_THAT_KEEP_THE_BASE: Final = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
 
+_FIELDS: Final = {**LORA_FIELDS, **OLD_FIELDS}
+
+
 def check_fields(config: Mapping[str, Any]) -> None:
     """Refuses what is not served. Raises UnsupportedMethod, or Rejected with reason UNKNOWN_CONFIG_KEY."""
     method = config.get("peft_type")
@@ -138,11 +141,10 @@ def check_fields(config: Mapping[str, Any]) -> None:
         raise UnsupportedMethod(
             f"The PEFT method {method[:60]!r} is not served: train with LORA.", metadata={"peft_type": method[:60]}
         )
-    fields = {**LORA_FIELDS, **OLD_FIELDS}
     unknown = sorted(
         key if key.isidentifier() else repr(key)
         for key, value in config.items()
-        if key not in fields and value is not None
+        if key not in _FIELDS and value is not None
     )
     if unknown:
         raise Rejected(
@@ -152,7 +154,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
             metadata={"keys": ", ".join(unknown)[:200]},
         )
     for key, value in config.items():
-        field = fields.get(key)
+        field = _FIELDS.get(key)
         if field is not None and field.kinds and type(value) not in field.kinds:
             wanted = " or ".join(_KINDS[kind] for kind in field.kinds)
             raise Rejected(

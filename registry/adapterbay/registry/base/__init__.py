@@ -134,13 +134,24 @@ def locate(reference: str | BaseReference | None = None) -> BaseFiles:
     if wanted.scheme == "package":
         found = package_base(wanted.target)
         return _files(wanted, converted(found) if found.suffix == ".gguf" else found)
+    absolute = from_root(wanted)
+    path = Path(absolute.target)
+    return _files(absolute, converted(path) if wanted.scheme == "gguf" else path)
+
+
+def from_root(reference: BaseReference) -> BaseReference:
+    """A folder or GGUF file by its path from the root on, as versions name it; another base as it is.
+
+    Raises BaseNotFound for what is no path.
+    """
+    if reference.scheme not in ("folder", "gguf"):
+        return reference
     try:
-        path = Path(wanted.target).expanduser().absolute()
+        path = Path(reference.target).expanduser().absolute()
         path.is_dir()
     except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be read, a user that is not there
-        raise BaseNotFound(f"There is no base at {wanted.target[:200]}: check the path.") from error
-    absolute = BaseReference(wanted.scheme, str(path))
-    return _files(absolute, converted(path) if wanted.scheme == "gguf" else path)
+        raise BaseNotFound(f"There is no base at {reference.target[:200]}: check the path.") from error
+    return BaseReference(reference.scheme, str(path))
 
 
 def _files(reference: BaseReference, folder: Path) -> BaseFiles:

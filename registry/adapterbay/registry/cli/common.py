@@ -106,5 +106,9 @@ def forced(force: bool, why: str | None) -> Force | None:
 
 
 def with_force(store: Backend, force: Force | None) -> dict[str, Any]:
-    """The keyword for `force`, for a registry that has guards."""
-    return {"force": force} if isinstance(store, Registry) and force is not None else {}
+    """The keyword for `force`, for a registry that has guards. Raises InvalidArgument for another one."""
+    if force is None:
+        return {}
+    if not isinstance(store, Registry):
+        raise InvalidArgument("--force overrules a guard, and guards are of registries in folders.", field="force")
+    return {"force": force}

@@ -22,10 +22,11 @@ from adapterbay.registry.cli.common import (
 )
 from adapterbay.registry.cli.versions import show_move
 from adapterbay.registry.console import guarded, write_json
-from adapterbay.registry.errors import InvalidArgument
+from adapterbay.registry.errors import InvalidArgument, InvalidReference, NotFound
 from adapterbay.registry.gate import BASE_ARM, Comparison, Guard, Verdict
+from adapterbay.registry.local.store import Registry
+from adapterbay.registry.reference import check_alias
 from adapterbay.registry.tables import history_table, write, write_table
-from adapterbay.registry.views import Listing
 
 
 @app.command()
@@ -155,22 +156,38 @@ def guard(
     """Demand that a version shows something before the alias may point at it; without demands, show the guards."""
     store = existing(registry)
     before, at, after = reference.partition("@")
+    name, alias = (before, after) if at else (None, before)
+    adapter = name if at else (before if _is_adapter(store, before) else None)
     demands = [*(minimum or ()), *(maximum or ()), *(requires or ())]
     if remove and demands:
         raise InvalidArgument("--rm takes the guard away; it goes with no demand.", field="guard")
     if demands or remove:
+        if adapter is not None and not at:
+            raise InvalidArgument(f"{before} is an adapter: write {before}@ALIAS.", field="guard")
         wanted = Guard(_bounds(minimum), _bounds(maximum), tuple(dict.fromkeys(requires or ()))) if demands else None
-        store.guard(before if at else None, after if at else before, wanted)
-    shown: list[tuple[str | None, str, Guard]] = [(None, alias, found) for alias, found in store.guards(None).items()]
-    if at or store.adapters(listing=Listing(prefix=before, limit=1)):
-        shown += [(before, alias, found) for alias, found in store.guards(before).items()]
-    if at:
-        shown = [(name, alias, found) for name, alias, found in shown if alias == after]
+        store.guard(name, alias, wanted)
+    if name is not None:
+        store.aliases(name)  # NotFound, with near names
+    wanted_alias = None if adapter is not None and not at else check_alias(alias)
+    shown = [
+        (place, each, found)
+        for place in (None, *([adapter] if adapter is not None else ()))
+        for each, found in store.guards(place).items()
+        if wanted_alias in (None, each)
+    ]
     if as_json:
-        write_json({"guards": [{"adapter": name, "alias": alias, "guard": found} for name, alias, found in shown]})
+        write_json({"guards": [{"adapter": place, "alias": each, "guard": found} for place, each, found in shown]})
     else:
-        lines = [f"{name}@{alias}: {found}" if name else f"every {alias}: {found}" for name, alias, found in shown]
+        lines = [f"{place}@{each}: {found}" if place else f"every {each}: {found}" for place, each, found in shown]
         write(lines or [f"{reference} is not guarded"])
+
+
+def _is_adapter(store: Registry, name: str) -> bool:
+    try:
+        store.aliases(name)
+    except (InvalidReference, NotFound):
+        return False
+    return True
 
 
 def _bounds(texts: list[str] | None) -> dict[str, float]:
@@ -181,7 +198,7 @@ def _bounds(texts: list[str] | None) -> dict[str, float]:
             bounds[metric] = float(value)
         except ValueError:
             equals = ""
-        if not equals or not metric or bounds[metric] != bounds[metric]:
+        if not equals or not metric:
             raise InvalidArgument(f"{text[:80]!r} is not a bound: write accuracy=0.8.", field="guard")
     return bounds
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from adapterbay.registry.cli.common import JsonOption, app
 from adapterbay.registry.console import guarded, write_json
-from adapterbay.registry.errors import MissingExtra
+from adapterbay.registry.errors import MissingExtra, RegistryNotFound
 from adapterbay.registry.local.store import Registry
 from adapterbay.registry.location import folder_of
 from adapterbay.registry.serve.settings import DEFAULT_PORT, BaseChoice, ServeSettings, Sizes
@@ -105,7 +105,10 @@ def create_token(
 @guarded()
 def list_tokens(registry: FolderOption = None, tokens_file: TokensOption = None, as_json: JsonOption = False) -> None:
     """Show who has a token."""
-    tokens = _tokens(folder_of(registry, create=False), tokens_file).tokens()
+    folder = folder_of(registry, create=False)
+    if tokens_file is None and not folder.is_dir():
+        raise RegistryNotFound(f"There is no registry at {folder}: check --registry.")
+    tokens = _tokens(folder, tokens_file).tokens()
     if as_json:
         write_json({"tokens": [_shown(token) for token in tokens]})
         return

@@ -8,7 +8,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from adapterbay.registry.base import BaseReference
+from adapterbay.registry.base import BaseReference, from_root
 from adapterbay.registry.cli.common import (
     AliasArgument,
     ExpectedOption,
@@ -154,9 +154,7 @@ def _base(text: str) -> str:
         found = BaseReference.parse(text)
     except InvalidReference:
         return text
-    if found.scheme not in ("folder", "gguf"):
-        return text
-    return str(BaseReference(found.scheme, str(Path(found.target).expanduser().absolute())))
+    return str(from_root(found)) if found.scheme in ("folder", "gguf") else text
 
 
 def _tag(text: str) -> tuple[str, str | None]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -112,12 +112,8 @@ def set_alias(
             return AliasMove(alias, current, version)
         move = new_move(state, alias, version, by, rollback=rollback)
         if _write(state, move):
-            try:
+            with carried_out(client, name, [move]):
                 move_tag(client, name, alias, commit, before=state.tags.get(alias))
-            except AdapterbayError:
-                with contextlib.suppress(AdapterbayError):  # the error to report is the first
-                    _take_back(client, name, move)
-                raise
             return AliasMove(alias, current, version)
     raise busy(name)
 
@@ -132,8 +128,10 @@ def remove_alias(client: HubClient, name: str, alias: str, expected: int | AnyVe
             raise NotFound(f"{name} has no alias {alias}.", near=nearest_words(alias, state.alias_tags))
         current = current_version(state, alias)
         check_expected(name, alias, expected, current)
-        if _write(state, new_move(state, alias, None, by)):
-            client.delete_tag(name, alias)
+        move = new_move(state, alias, None, by)
+        if _write(state, move):
+            with carried_out(client, name, [move]):
+                client.delete_tag(name, alias)
             return AliasMove(alias, current, None)
     raise busy(name)
 
@@ -216,6 +214,18 @@ def _write(state: RepositoryState, move: LoggedMove) -> bool:
     except Conflict:
         return False
     return True
+
+
+@contextlib.contextmanager
+def carried_out(client: HubClient, name: str, moves: Iterable[LoggedMove]) -> Iterator[None]:
+    """Around the moves of tags whose lines are written: those that do not come about are taken back."""
+    try:
+        yield
+    except AdapterbayError:
+        for move in moves:
+            with contextlib.suppress(AdapterbayError):  # the error to report is the first
+                _take_back(client, name, move)
+        raise
 
 
 def _take_back(client: HubClient, name: str, move: LoggedMove) -> None:

@@ -11,7 +11,7 @@ from typing import Final
 from adapterbay.registry.actor import actor, plain
 from adapterbay.registry.admission.candidate import Wishes, as_labels
 from adapterbay.registry.base import BaseReference
-from adapterbay.registry.errors import Corrupted, InvalidReference, NotFound, Rejected, Unavailable
+from adapterbay.registry.errors import AdapterbayError, Corrupted, InvalidReference, NotFound, Rejected, Unavailable
 from adapterbay.registry.hub import aliases as moves
 from adapterbay.registry.hub.answers import events, record, records, summary
 from adapterbay.registry.hub.checks import Verification
@@ -168,7 +168,7 @@ class HubRegistry:
         if not self.client.offline:
             try:
                 note(self.client, found)
-            except (NotFound, Unavailable) as error:
+            except AdapterbayError as error:
                 _log.warning("%s cannot be found by its names while offline: %s", parsed, error.message)
         return snapshot
 

@@ -88,7 +88,7 @@ class Verification:
     def _alias(self, state: RepositoryState, alias: str) -> None:
         subject = f"{state.name}@{alias}"
         current = current_version(state, alias)
-        if current is None and alias in state.tags:
+        if current is None:
             detail = f"the tag points at {state.tags[alias]}, which is no version: it is no alias, or was moved by hand"
             self.problems.append(Problem("alias", subject, detail))
 

@@ -25,6 +25,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from adapterbay.registry.admission import check_path
+from adapterbay.registry.admission.documents import read_bytes
 from adapterbay.registry.errors import NotFound, Rejected
 from adapterbay.registry.hub.failures import hub_errors
 from adapterbay.registry.hub.names import MAIN
@@ -177,7 +178,7 @@ class HubClient:
         if size > limit:
             raise Rejected(f"{path} of {name} has {size} bytes, over {limit}.", reason="TOO_LARGE")
         try:
-            return self.fetch(name, commit, path).read_bytes()
+            return read_bytes(self.fetch(name, commit, path), f"{path} of {name}", limit)
         except NotFound as error:
             if isinstance(error.__cause__, EntryNotFoundError):  # from now on the cache knows it
                 return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,10 +21,10 @@ from adapterbay.registry.admission.candidate import Candidate, Wishes, examine
 from adapterbay.registry.admission.folder import STORED_FILES, read_folder
 from adapterbay.registry.card import render_card
 from adapterbay.registry.errors import AdapterbayError, Conflict, NotFound, Rejected, Unavailable
-from adapterbay.registry.hub.aliases import attempts, busy, is_moving, move_tag, new_move
+from adapterbay.registry.hub.aliases import attempts, busy, carried_out, is_moving, move_tag, new_move
 from adapterbay.registry.hub.client import HubClient, RemoteFile
 from adapterbay.registry.hub.fetch import check_pinned, own_manifest
-from adapterbay.registry.hub.ledger import ALIAS_LOG_PATH, Ledger, LedgerEntry, alias_log_bytes
+from adapterbay.registry.hub.ledger import ALIAS_LOG_PATH, Ledger, LedgerEntry, LoggedMove, alias_log_bytes
 from adapterbay.registry.hub.names import tagged_version, version_tag
 from adapterbay.registry.hub.repository import RepositoryState
 from adapterbay.registry.local.blobs import BlobStore, Staged
@@ -110,7 +110,8 @@ def push(
                 f"{name} has a {_IGNORE_FILE}, by which the Hub could leave files of a push out: remove it there.",
                 reason="BAD_COMMIT",
             )
-        add = _contents(state, folder, version, aliases, by)
+        moves = [new_move(state, alias, version, by, newest=version) for alias in aliases]
+        add = _contents(state, folder, version, moves)
         try:
             commit = client.commit(
                 name,
@@ -126,8 +127,10 @@ def push(
             commit = _landed(client, name, mark, error)
         _tag_previous(state)
         version, untagged = _tag(client, name, version, commit)
-        for alias in aliases:
-            move_tag(client, name, alias, commit, before=state.tags.get(alias))
+        while moves:
+            with carried_out(client, name, moves):
+                move_tag(client, name, moves[0].alias, commit, before=state.tags.get(moves[0].alias))
+            del moves[0]
         same = [entry.version for entry in state.entries if entry.digest == folder.manifest.digest]
         sent = [file.size for path, file in folder.files.items() if not _is_there(there.get(path), file)]
         return Pushed(version, commit, same[-1] if same else None, sum(sent), untagged)
@@ -170,7 +173,7 @@ def _next_version(state: RepositoryState, number: int | None) -> int:
 
 
 def _contents(
-    state: RepositoryState, folder: Prepared, version: int, aliases: Iterable[str], by: str
+    state: RepositoryState, folder: Prepared, version: int, moves: Sequence[LoggedMove]
 ) -> dict[str, Path | bytes]:
     """The files of the commit, by path."""
     manifest = folder.manifest
@@ -185,7 +188,6 @@ def _contents(
     if folder.signature is not None:
         add[SIGNATURE_PATH] = folder.signature
     add[LEDGER_PATH] = _ledger(state, version, manifest.digest).to_bytes()
-    moves = [new_move(state, alias, version, by, newest=version) for alias in aliases]
     if moves:
         add[ALIAS_LOG_PATH] = alias_log_bytes([*state.alias_log, *moves])
     return add

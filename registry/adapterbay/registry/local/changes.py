@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 
 from adapterbay.registry.digest import canonical_json
+from adapterbay.registry.local import queries
 from adapterbay.registry.local.records import Change, VersionFile
 from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.metrics import metrics_of
@@ -20,7 +21,7 @@ def insert_version(db: sqlite3.Connection, record: VersionFile, manifest: Manife
     )
     db.execute(
         "INSERT INTO versions (name, version, digest, created_at, size_bytes, task, peft_type, rank, base_reference, "
-        "base_fingerprint, labels, parents) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "base_fingerprint, labels, parents, signature) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             record.name,
             record.version,
@@ -34,6 +35,7 @@ def insert_version(db: sqlite3.Connection, record: VersionFile, manifest: Manife
             manifest.base_fingerprint,
             canonical_json(manifest.labels).decode(),
             canonical_json(manifest.parents).decode(),
+            queries.signature(db, record.digest),  # a signature is of the content
         ),
     )
     insert_metrics(db, record.name, record.version, manifest)
@@ -91,7 +93,7 @@ def apply(db: sqlite3.Connection, change: Change, digest: str) -> None:
         db.execute("INSERT INTO comparisons VALUES (?, ?, ?, ?)", (change.sequence, *place, document))
     elif change.kind == "signed":
         _insert_blob(db, detail["signature"], detail["size"])
-        # A signature is of the content: of every version with this digest.
+        # A signature is of the content: of every version with this digest, and of those to come (`insert_version`).
         db.execute("UPDATE versions SET signature = ? WHERE digest = ?", (detail["signature"], digest))
     elif change.kind == "committed":
         _insert_commit(db, change)

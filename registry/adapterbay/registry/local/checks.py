@@ -11,7 +11,7 @@ from adapterbay.registry.errors import Corrupted, Rejected
 from adapterbay.registry.local import changes, queries
 from adapterbay.registry.local.blobs import BlobStore
 from adapterbay.registry.local.index import Index
-from adapterbay.registry.local.records import Change, Records, VersionFile
+from adapterbay.registry.local.records import EVERY_ADAPTER_SPELLED, Change, Records, VersionFile
 from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.views import Problem, RegistryEvent, VerifyReport, VersionRecord
 
@@ -63,12 +63,13 @@ class _Verification:
         try:
             journal, old = self._records.changes(name)
         except Corrupted as error:
-            self.problems.append(Problem("journal", name, error.message))
+            self.problems.append(Problem("journal", name or EVERY_ADAPTER_SPELLED, error.message))
             return
         expected = [_fields(event) for event in events]
         found = [_fields(change) for change in [*journal, *old]]
         if any(fields not in found for fields in expected):
-            self.problems.append(Problem("journal", name, "the log of its changes contradicts the index"))
+            contradiction = "the log of its changes contradicts the index"
+            self.problems.append(Problem("journal", name or EVERY_ADAPTER_SPELLED, contradiction))
 
     def _blob(self, digest: str, size: int | None, what: str, subject: str, kind: Any) -> bool:
         if digest not in self._checked:

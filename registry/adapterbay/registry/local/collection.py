@@ -31,9 +31,8 @@ def collect(blobs: BlobStore, index: Index, grace_seconds: float, *, dry_run: bo
     swept_staging = 0 if dry_run else blobs.sweep_staging()
     removed = fresh = freed = 0
     with index.write() as db:
-        marked = _marked(db, blobs)
         deadline = time.time() - grace_seconds
-        leaving = _just_deleted(db, blobs, deadline)
+        marked, leaving = _needed(db, blobs, deadline)
         for digest, path in list(blobs.all()):
             if digest in marked:
                 continue
@@ -51,48 +50,45 @@ def collect(blobs: BlobStore, index: Index, grace_seconds: float, *, dry_run: bo
     return CollectionReport(removed, freed, fresh, kept, swept_staging, dry_run)
 
 
-def _just_deleted(db: sqlite3.Connection, blobs: BlobStore, deadline: float) -> set[str]:
-    """The files and signatures of versions that were deleted after the deadline: somebody may still be reading them."""
-    found: set[str] = set()
-    for digest, deleted_at, signature in db.execute(
-        "SELECT digest, deleted_at, signature FROM versions WHERE deleted_at IS NOT NULL"
-    ):
-        if datetime.fromisoformat(deleted_at).timestamp() <= deadline:
-            continue
-        if signature is not None:
-            found.add(signature)
-        with contextlib.suppress(Corrupted, Rejected, OSError):  # it needs nothing any more
-            path = blobs.check(digest, None, "The manifest")
-            found.update(entry.digest for entry in Manifest.from_bytes(path.read_bytes()).files)
-    return found
-
-
-def _marked(db: sqlite3.Connection, blobs: BlobStore) -> set[str]:
-    marked: set[str] = set()
-    deleted: set[tuple[str, int]] = set()
+def _needed(db: sqlite3.Connection, blobs: BlobStore, deadline: float) -> tuple[set[str], set[str]]:
+    """What is needed now, and what was when the grace period began: of versions that were deleted since."""
+    needed: set[str] = set()
+    leaving: set[str] = set()
+    deleted: dict[tuple[str, int], bool] = {}  # version → whether since the deadline
     live: set[str] = set()
+    left: set[str] = set()
     for name, version, digest, deleted_at, signature in db.execute(
         "SELECT name, version, digest, deleted_at, signature FROM versions"
     ):
-        marked.add(digest)
+        needed.add(digest)
         if deleted_at is not None:
-            deleted.add((name, version))
-            continue
-        live.add(digest)
+            deleted[name, version] = datetime.fromisoformat(deleted_at).timestamp() > deadline
+            if not deleted[name, version]:
+                continue
+        (live if deleted_at is None else left).add(digest)
         if signature is not None:
-            marked.add(signature)
+            (needed if deleted_at is None else leaving).add(signature)
     for digest in live:
-        path = blobs.check(digest, None, "The manifest")
-        try:
-            marked.update(entry.digest for entry in Manifest.from_bytes(path.read_bytes()).files)
-        except Rejected as error:
-            raise Corrupted(f"The manifest {digest} is not valid: {error.message}") from error
+        needed.update(_files(blobs, digest))
+    for digest in left - live:
+        with contextlib.suppress(Corrupted):  # a version that is leaving needs nothing for good
+            leaving.update(_files(blobs, digest))
     standing: dict[str, int] = {}  # name → the version whose files the commit has
     for name, version, tree in db.execute("SELECT name, version, tree FROM commits ORDER BY name, number"):
         if tree == "{}":
             standing.pop(name, None)
         elif version is not None:
             standing[name] = version
-        if (name, standing.get(name, 0)) not in deleted:
-            marked.update(digest for digest, _ in json.loads(tree).values())
-    return marked
+        since = deleted.get((name, standing.get(name, 0)))
+        if since is not False:
+            (needed if since is None else leaving).update(digest for digest, _ in json.loads(tree).values())
+    return needed, leaving
+
+
+def _files(blobs: BlobStore, digest: str) -> list[str]:
+    """The files that a manifest names. Raises Corrupted."""
+    path = blobs.check(digest, None, "The manifest")
+    try:
+        return [entry.digest for entry in Manifest.from_bytes(path.read_bytes()).files]
+    except Rejected as error:
+        raise Corrupted(f"The manifest {digest} is not valid: {error.message}") from error

@@ -139,12 +139,13 @@ class CommitLog:
             return _one(db, "name = ? AND version = ? ORDER BY number DESC LIMIT 1", (name, version))
 
     def tagged(self, name: str) -> dict[int, str]:
-        """The versions that have a commit, and its SHA."""
+        """The versions that have a commit, and the SHA of the newest of each, as `of_version` has it."""
         with self._index.read() as db:
             rows = db.execute(
-                "SELECT version, sha FROM commits WHERE name = ? AND version IS NOT NULL ORDER BY number", (name,)
+                "SELECT version, sha FROM commits WHERE name = ? AND version IS NOT NULL ORDER BY version, number",
+                (name,),
             )
-            return dict(sorted(rows.fetchall()))
+            return dict(rows.fetchall())
 
     def until(self, name: str, number: int, limit: int) -> list[Commit]:
         """The commits up to `number`, the newest first, at most `limit`."""

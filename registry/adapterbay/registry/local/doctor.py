@@ -12,6 +12,7 @@ from typing import Final
 
 from adapterbay.registry.errors import AdapterbayError, Corrupted
 from adapterbay.registry.local import changes, queries
+from adapterbay.registry.local.records import EVERY_ADAPTER_SPELLED
 from adapterbay.registry.local.store import INDEX_FILE, Registry
 from adapterbay.registry.views import Diagnosis, Finding
 
@@ -103,20 +104,23 @@ def _records(registry: Registry, db: sqlite3.Connection) -> list[Finding]:
 def _journals(registry: Registry, db: sqlite3.Connection) -> list[Finding]:
     findings = []
     for name in queries.all_names(db):
+        subject = name or EVERY_ADAPTER_SPELLED
         try:
             journal, _ = registry.records.changes(name)
         except Corrupted as error:
-            findings.append(Finding("error", name, error.message, "restore it from a copy"))
+            findings.append(Finding("error", subject, error.message, "restore it from a copy"))
             continue
         committed = queries.journal_lines(db, name)
         if len(journal) < committed:
             findings.append(
-                Finding("error", name, f"its journal has {len(journal)} of {committed} lines", "restore it from a copy")
+                Finding(
+                    "error", subject, f"its journal has {len(journal)} of {committed} lines", "restore it from a copy"
+                )
             )
         elif len(journal) > committed:
             findings.append(
                 Finding(
-                    "note", name, "its journal ends in lines that were never committed", "the next change cuts them"
+                    "note", subject, "its journal ends in lines that were never committed", "the next change cuts them"
                 )
             )
     return findings

@@ -36,6 +36,7 @@ RECORD_VERSION: Final = 2
 JOURNAL_FILE: Final = "@journal.jsonl"
 ALIASES_FILE: Final = "@aliases.jsonl"
 EVERY_ADAPTER: Final = ""
+EVERY_ADAPTER_SPELLED: Final = "every adapter"
 """The name under which changes are filed that are of all adapters."""
 
 

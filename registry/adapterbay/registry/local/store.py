@@ -34,7 +34,7 @@ from adapterbay.registry.local.index import Index
 from adapterbay.registry.local.lifecycle import Lifecycle
 from adapterbay.registry.local.records import Change, Records
 from adapterbay.registry.manifest import Manifest
-from adapterbay.registry.paths import default_registry
+from adapterbay.registry.paths import default_registry, expanded
 from adapterbay.registry.portable import Claim, read_claim
 from adapterbay.registry.reference import check_alias, check_name
 from adapterbay.registry.signing import signer_of
@@ -72,7 +72,7 @@ class Registry(Lifecycle):
         `by` is who the changes are recorded for (None: `adapterbay.registry.actor`). Raises RegistryNotFound if it is
         not there and `create` is False, Unavailable if the folder is something else.
         """
-        root = (default_registry() if location is None else Path(location).expanduser()).absolute()
+        root = default_registry().absolute() if location is None else expanded(location)
         registry = cls(root, limits, by)
         with durable.storage_errors(root):
             registry._prepare(create)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapterbay.registry.admission.origins import FindBase
 from adapterbay.registry.base import BaseFiles, BaseReference, locate
 from adapterbay.registry.base.sources import cached_hub_folder
 from adapterbay.registry.errors import AdapterbayError, BaseNotFound
@@ -52,9 +53,10 @@ class Bases:
             "hub:ORG/REPO."
         )
 
-    def with_fingerprint(self, fingerprint: str) -> BaseFiles | None:
-        """The operator's base with this fingerprint."""
-        return next((known.files for known in self._known if known.files.fingerprint == fingerprint), None)
+    def finder(self, fingerprint: str | None) -> FindBase:
+        """How admission finds the base of files that tell this fingerprint: by it, else by the name."""
+        found = next((known.files for known in self._known if known.files.fingerprint == fingerprint), None)
+        return self.find if found is None else lambda _: found
 
 
 def _names_of(reference: str | BaseReference) -> set[str]:

@@ -18,7 +18,7 @@ from adapterbay.registry.manifest import Manifest
 from adapterbay.registry.portable import LEDGER_PATH, MANIFEST_PATH, SIGNATURE_PATH
 from adapterbay.registry.serve import trees
 from adapterbay.registry.serve.bases import Bases
-from adapterbay.registry.serve.beside import check_beside
+from adapterbay.registry.serve.beside import Folder, check_beside
 from adapterbay.registry.serve.ndjson import AddFile, AddLarge, Delete, Header, Operation
 from adapterbay.registry.serve.problems import Refusal
 from adapterbay.registry.serve.repository import SHA_PREFIX, Overtaken, Repositories
@@ -47,6 +47,7 @@ class Incoming:
     staging: Staging
     may_use: Callable[[str], bool]
     staged: dict[str, Staged] = field(default_factory=dict)
+    admitted: set[Folder] = field(default_factory=set)  # what need not be admitted again on another head
 
     @property
     def uploaded(self) -> list[Uploaded]:
@@ -122,11 +123,16 @@ class Committer:
             return incoming.place(by_digest[digest]) if digest in by_digest else self._log.blob(digest)
 
         proposal = Proposal(current, tree, differing, path_of)
-        check_beside(proposal, self._bases, self._repositories.registry.limits)
+        check_beside(proposal, self._bases, self._repositories.registry.limits, incoming.admitted)
         following = max((row.version for row in self._log.versions(incoming.name)), default=0) + 1
         claimed = self._claimed(proposal) or 0
         # A copy of a registry leaves out the numbers that were deleted there.
-        number = claimed if following < claimed <= following + LARGEST_GAP else following
+        if claimed > following + LARGEST_GAP:
+            raise Rejected(
+                f"The ledger says version {claimed}, and the next one is {following}: too many numbers are left out.",
+                reason="BAD_COMMIT",
+            )
+        number = max(claimed, following)
         if trees.is_whole(tree) and (differing & trees.ADAPTER_FILES or claimed == number):
             return self._version(VersionPlan(proposal, self._files, number), proposal, number, incoming)
         return self._edit(self._with_own_ledger(proposal), incoming)
@@ -194,7 +200,9 @@ class Committer:
                 detail = {"signature": digest, "size": size, "key": key}
                 yield Change("signed", name, at, incoming.by, signed, detail=detail)
 
-        made = self._log.append(name, build, incoming.adopt(), signing)
+        named = {digest for digest, _ in tree.values()}
+        staged = [each for each in incoming.adopt() if each.digest in named]
+        made = self._log.append(name, build, staged, signing)
         assert made is not None
         return made
 

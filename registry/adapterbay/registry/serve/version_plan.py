@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from adapterbay.registry.admission.folder import READ_FILES, STORED_FILES
-from adapterbay.registry.base import BaseFiles, BaseReference
+from adapterbay.registry.admission.origins import FindBase
 from adapterbay.registry.digest import digest_bytes, parse_json_object
 from adapterbay.registry.errors import Rejected
 from adapterbay.registry.local.commits import Commit
@@ -26,7 +26,6 @@ from adapterbay.registry.serve.bases import Bases
 from adapterbay.registry.serve.repository_files import RepositoryFiles
 
 Entry = tuple[str, int]
-FindBase = Callable[[str | BaseReference], BaseFiles]
 
 _CLAIM: Final = (MANIFEST_PATH, SIGNATURE_PATH, OWN_README_PATH, README_FILE)
 
@@ -49,6 +48,14 @@ class Proposal:
         if size > MAX_DOCUMENT_BYTES:
             raise Rejected(f"{path} has {size} bytes, over {MAX_DOCUMENT_BYTES}.", reason="TOO_LARGE")
         return self.path_of(digest).read_bytes()
+
+    def recorded_fingerprint(self, path: str) -> str | None:
+        """The fingerprint of the base that a training record of the tree names. Raises Rejected."""
+        if path not in self.tree:
+            return None
+        base = parse_json_object(self.read(path), path).get("base")
+        found = base.get("fingerprint") if isinstance(base, dict) else None
+        return found if isinstance(found, str) else None
 
     def brings(self, path: str) -> bool:
         """Whether the client writes this path, with other bytes than were there."""
@@ -82,9 +89,9 @@ class VersionPlan:
 
     def base_finder(self, bases: Bases) -> FindBase:
         """How admission finds the base: by its fingerprint, if the files tell it, else by its name."""
-        fingerprint = self._claimed.base_fingerprint if self._claimed else self._recorded_fingerprint()
-        known = None if fingerprint is None else bases.with_fingerprint(fingerprint)
-        return bases.find if known is None else lambda _: known
+        return bases.finder(
+            self._claimed.base_fingerprint if self._claimed else self._proposal.recorded_fingerprint(TRAINING_FILE)
+        )
 
     def documents(self, manifest: Manifest) -> dict[str, bytes]:
         """What the registry writes, by path: the card unless the client did, and the ledger unless it is right."""
@@ -135,13 +142,6 @@ class VersionPlan:
         if README_FILE not in tree or self._files.is_generated(proposal.current):
             return None
         return tree[README_FILE]
-
-    def _recorded_fingerprint(self) -> str | None:
-        if TRAINING_FILE not in self._tree:
-            return None
-        base = parse_json_object(self._proposal.read(TRAINING_FILE), TRAINING_FILE).get("base")
-        found = base.get("fingerprint") if isinstance(base, dict) else None
-        return found if isinstance(found, str) else None
 
 
 def _claimed(proposal: Proposal) -> Manifest | None:

@@ -7,7 +7,7 @@ import contextlib
 import enum
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import grpc
 import grpc.aio
@@ -115,14 +115,16 @@ async def _send(response: Any, context: Context) -> None:
         raise _CallerGone from error
 
 
-async def _caller_gone(method: str) -> None:
-    """Waits for gRPC to cancel this handler, as it does with those whose caller has left.
+async def _caller_gone(method: str, unsent: BaseException | None) -> NoReturn:
+    """Waits for gRPC to cancel this handler, as it does with those whose caller has left; `unsent` is why it has.
 
     That may come a moment after a message could not be sent, and a handler that returns in between has gRPC log an
-    error for it (10 in 4,500 calls whose deadlines passed, with grpcio 1.85).
+    error for it (10 in 4,500 calls whose deadlines passed, with grpcio 1.85). If it does not come, the caller is there
+    and the message was wrong: that is raised.
     """
     _logger.debug("%s: the caller is gone", method)
     await asyncio.sleep(GONE_SECONDS)
+    raise unsent or AssertionError("a message could not be sent")
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
@@ -178,8 +180,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         try:
             with self._gate.admitted(method):
                 yield
-        except _CallerGone:
-            await _caller_gone(method)
+        except _CallerGone as gone:
+            await _caller_gone(method, gone.__cause__)
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is becomes a status; bugs are logged there
@@ -189,5 +191,5 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                 await context.abort(code_of(error), status.message, ((DETAILS_KEY, status.SerializeToString()),))
             except grpc.aio.AbortError:
                 raise
-            except Exception:  # noqa: BLE001 - gRPC has no public name for a message that could not be sent
-                await _caller_gone(method)
+            except Exception as unsent:  # noqa: BLE001 - gRPC has no public name for it
+                await _caller_gone(method, unsent)
