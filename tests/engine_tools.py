@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adapterbay.registry import Registry
 from adapterbay.registry.errors import AdapterbayError
+from adapterbay.registry.fusing import FusionSettings
 from adapterbay.server.batch import Share
 from adapterbay.server.config import ServerConfig
 from adapterbay.server.engine import Engine
@@ -24,6 +25,7 @@ from adapterbay.server.requests import (
     ArmSpec,
     ClassifyResult,
     ClassifyTask,
+    ClassifyTokensTask,
     Delta,
     EmbedTask,
     Event,
@@ -35,8 +37,10 @@ from adapterbay.server.requests import (
     Task,
 )
 from adapterbay.server.runner import StepResult
+from adapterbay.server.weights import LayerWeights
 
 Selection = str | Mapping[str, float] | None
+Asked = Selection | ArmSpec
 
 
 @contextmanager
@@ -124,35 +128,50 @@ class Harness(AbstractContextManager["Harness"]):
     ) -> None:
         self.engine.stop()
 
-    def arm(self, selection: Selection) -> ArmSpec:
+    def arm(self, selection: Asked) -> ArmSpec:
+        if isinstance(selection, ArmSpec):
+            return selection
         if selection is None:
             return ArmSpec()
-        weighted = {selection: 1.0} if isinstance(selection, str) else selection
+        return self.fused({selection: 1.0} if isinstance(selection, str) else selection)
+
+    def fused(self, weighted: Mapping[str, float | LayerWeights], settings: FusionSettings | None = None) -> ArmSpec:
+        """Adapters as one, by the weighted sum or as `settings` say."""
         parts = []
         for reference, weight in weighted.items():
             found = self.engine.adapters.resolve(reference)
-            parts.append(Part(reference, found.name, found.version, found.digest, weight))
-        return ArmSpec(tuple(parts))
+            layers = weight if isinstance(weight, LayerWeights) else None
+            overall = weight.weight if isinstance(weight, LayerWeights) else weight
+            parts.append(Part(reference, found.name, found.version, found.digest, overall, layers))
+        return ArmSpec(tuple(parts), settings)
 
-    def request(self, selection: Selection, task: Task, **settings: Any) -> tuple[Answer, Request]:
+    def request(self, selection: Asked, task: Task, **settings: Any) -> tuple[Answer, Request]:
         answer = Answer()
         request = Request(arm=self.arm(selection), task=task, listener=answer, **settings)
         answer.request, answer.engine = request, self.engine
         return answer, request
 
-    def submit(self, selection: Selection, task: Task, **settings: Any) -> Answer:
+    def submit(self, selection: Asked, task: Task, **settings: Any) -> Answer:
         answer, request = self.request(selection, task, **settings)
         self.engine.submit([request])
         return answer
 
-    def generate(self, selection: Selection, prompt: Sequence[int], most: int = 12, **sampling: Any) -> Answer:
+    def generate(self, selection: Asked, prompt: Sequence[int], most: int = 12, **sampling: Any) -> Answer:
         sampling.setdefault("ignore_end", True)
         return self.submit(selection, GenerateTask(tuple(prompt), SamplingSpec(max_tokens=most, **sampling)))
 
-    def classify(self, selection: Selection, ids: Sequence[int]) -> Answer:
+    def classify(self, selection: Asked, ids: Sequence[int]) -> Answer:
         return self.submit(selection, ClassifyTask(tuple(ids)))
 
-    def embed(self, selection: Selection, ids: Sequence[int], **settings: Any) -> Answer:
+    def load(self, *names: str) -> None:
+        """Brings adapters into host memory, so that the rows that name them are ready at once."""
+        for name in names:
+            self.engine.adapters.load(self.engine.adapters.resolve(name).digest).result(60)
+
+    def classify_tokens(self, selection: Asked, ids: Sequence[int]) -> Answer:
+        return self.submit(selection, ClassifyTokensTask(tuple(ids)))
+
+    def embed(self, selection: Asked, ids: Sequence[int], **settings: Any) -> Answer:
         return self.submit(selection, EmbedTask(tuple(ids), **settings))
 
     def idle(self, seconds: float = 20) -> None:

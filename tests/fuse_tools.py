@@ -58,6 +58,7 @@ class Bench:
             combination_type=settings.method,
             svd_rank=settings.rank,
             density=settings.density,
+            majority_sign_method=settings.majority_sign or "total",
             **options,
         )
         model.set_adapter("fused")

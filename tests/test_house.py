@@ -38,6 +38,7 @@ REGISTRY_EXTRAS = {"starlette", "uvicorn", "anyio", "model_signing", "cryptograp
 """What `registry serve`, `registry sign` and modelscope: need, imported only where they are used."""
 HEAVY = {"torch", "accelerate", "bitsandbytes", "gguf", "peft", "transformers"}
 HEAVY |= {"datasets", "matplotlib", "pandas", "pyarrow", "statsmodels", "scipy", "grpc_health", "grpc_reflection"}
+HEAVY |= {"prometheus_client"}
 HEAVY |= REGISTRY_EXTRAS - {"anyio"}  # which huggingface_hub needs, too
 """What the extras bring."""
 OUTSIDE = {
@@ -120,7 +121,9 @@ def test_no_file_outgrows_its_room() -> None:
     long = {
         str(path.relative_to(ROOT)): lines
         for path in ours
-        if "_pb2" not in path.name and (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+        if "_pb2" not in path.name
+        and ".venv" not in path.parts  # the peers' environment, where it is installed
+        and (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
     }
     assert not long
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tiny import TARGETS, make_adapter, make_base
+from tiny import ENCODERS, OTHER_CAUSAL, TARGETS, make_adapter, make_base
 
 from adapterbay.registry import Registry
 
@@ -32,10 +32,10 @@ class Zoo:
 
 
 def make_zoo(root: Path, architecture: str) -> Zoo:
-    base = make_base(root / "base", architecture)
+    base = make_base(root / "base", architecture, layers=2 if architecture in OTHER_CAUSAL else 3)
     zoo = Zoo(base, Registry.open(root / "registry"))
     for index, rank in enumerate(RANKS):
-        task = "CAUSAL_LM" if architecture != "bert" else "FEATURE_EXTRACTION"
+        task = "FEATURE_EXTRACTION" if architecture in ENCODERS else "CAUSAL_LM"
         zoo.add(
             f"a{index}",
             root / f"a{index}",
@@ -47,6 +47,8 @@ def make_zoo(root: Path, architecture: str) -> Zoo:
             scale=0.5,
             settings={"use_rslora": index % 3 == 2},
         )
+    if architecture in OTHER_CAUSAL:  # tests/engine/test_heads.py has heads for all
+        return zoo
     for index, labels in enumerate((["no", "yes"], ["no", "yes"], ["bad", "so-so", "good"])):
         zoo.add(
             f"c{index}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import pickle
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,14 @@ from adapterbay.client import (
     ClientClosedError,
     DeadlineExceededError,
     FailedPreconditionError,
+    Fusion,
     Generation,
     InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
     Selection,
     ServerError,
+    WeightedAdapter,
 )
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -55,6 +58,49 @@ def test_messages_fusion_and_base(client: Client) -> None:
     assert chat.provenance.adapters == ()
     fused = client.generate("a", fusion={"tales": 0.5, "songs": -1.0}, max_tokens=2)
     assert [(use.name, use.weight) for use in fused.provenance.adapters] == [("tales", 0.5), ("songs", -1.0)]
+
+
+def test_a_fusion_by_its_text_and_by_its_values(client: Client) -> None:
+    text = "ties_svd(tales:0.5[layers.0-1=2]+songs:-1, density=0.25, rank=3)"
+    fusion = Fusion(
+        (WeightedAdapter("tales", 0.5, {"layers.0-1": 2.0}), WeightedAdapter("songs", -1.0)),
+        method="ties_svd",
+        density=0.25,
+        rank=3,
+    )
+    assert Fusion.parse(text) == fusion
+    answers = [client.generate("a", fusion=chosen, max_tokens=2) for chosen in (text, fusion)]
+    assert answers[0].text == answers[1].text
+    use = answers[0].provenance.fusion
+    assert use is not None
+    assert (use.method, use.density, use.majority_sign, use.rank, use.seed) == ("ties_svd", 0.25, "total", 3, None)
+    assert answers[0].provenance.adapters[0].layer_weights == {"layers.0-1": 2.0}
+    scaled = client.generate("a", fusion="tales:0.5", max_tokens=2).provenance
+    assert (scaled.adapters[0].weight, scaled.fusion) == (0.5, None)
+    compared = list(client.compare_generate(["tales:0.5+songs:1", "tales", text], ["a"], max_tokens=2))
+    assert sorted(len(answer.provenance.adapters) for answer in compared) == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a:0.5+b", "'b' has no weight"),
+        ("a:x", "'x' in 'a:x' is not a number"),
+        ("a:1+a:2", "twice"),
+        ("average(a:1+b:1)", "not a method"),
+        ("ties(a:1+b:1, depth=3)", "depth=3"),
+        ("ties(a:1+b:1, density=much)", "no density"),
+        ("ties(a:1+b:1, rank=2, rank=3)", "twice"),
+        ("ties(a:1+b:1, majority_sign=most)", "frequency"),
+        ("a:1[q_proj]", "q_proj"),
+        ("a:1[q_proj=1,q_proj=2]", "twice"),
+        ("a:1[q_proj=1", "brackets"),
+        ("", "no weight"),
+    ],
+)
+def test_texts_that_are_no_fusion(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Fusion.parse(text)
 
 
 def test_sampling_with_a_seed_repeats_itself(client: Client) -> None:

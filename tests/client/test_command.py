@@ -15,7 +15,7 @@ from serving_tools import Served
 from adapterbay.cli import main
 from adapterbay.cli.lazy import missing_extra
 from adapterbay.cli.options import choose, parse_arm, parse_weighted
-from adapterbay.client import Client, Selection
+from adapterbay.client import Client, Fusion, Selection, WeightedAdapter
 from adapterbay.registry.errors import InvalidArgument
 
 DIGEST = "sha256:" + "1" * 64
@@ -89,6 +89,13 @@ def test_generate_with_a_fusion_and_a_conversation(run: Run) -> None:
     ).json
     uses = fused["provenance"]["adapters"]
     assert [(use["reference"], use["weight"]) for use in uses] == [("tales", 0.5), ("songs@1", -0.25)]
+    scaled = run("generate", "a", "--adapter", "tales:0.5[layers.0=0]", "--max-tokens", "2")
+    assert "answered by 0.5 × tales@1 (sha256:" in scaled.err
+    assert ")[layers.0=0]; 2 tokens" in scaled.err
+    svd = run("generate", "a", "--adapter", "svd(tales:1+songs:1, rank=2)", "--max-tokens", "2")
+    assert "answered by svd of tales@1 (sha256:" in svd.err, svd.err
+    labelled = run("predict", "sentiment:0.5+sentiment-b:0.5", "a delight", "--json").json
+    assert [use["weight"] for use in labelled["provenance"]["adapters"]] == [0.5, 0.5]
     chat = run("generate", "Hi", "--base", "--chat", "--system", "Be brief", "--max-tokens", "1", "--json").json
     assert chat["prompt_tokens"] > len("Hi") + len("Be brief")  # type: ignore[operator]
 
@@ -156,6 +163,9 @@ FAILURES = {
     "two selections": (("generate", "a", "--base", "--adapter", "tales"), 2, "exactly one"),
     "weightless": (("generate", "a", "--fuse", "tales"), 2, "REFERENCE:WEIGHT"),
     "wordy weight": (("generate", "a", "--fuse", "tales:much"), 2, "not a number"),
+    "no method": (("generate", "a", "--adapter", "mean(tales:1+songs:1)"), 2, "ties_svd"),
+    "no density": (("compare", "cat(tales:1+songs:1, density=1)", "base", "--input", "a"), 2, "no density"),
+    "unequal ranks": (("generate", "a", "--adapter", "ties(tales:1+songs:1)"), 2, "equal ranks"),
     "twice": (("generate", "a", "--fuse", "tales:1", "--fuse", "tales:2"), 2, "twice"),
     "system alone": (("generate", "a", "--base", "--system", "x"), 2, "--chat"),
     "no inputs": (("compare", "a", "b"), 2, "--input"),
@@ -211,7 +221,14 @@ def test_arms_are_read_as_they_are_written() -> None:
         assert parse_arm(reference) == Selection(adapter=reference)
     assert parse_arm("tales:0.5") == Selection(fusion={"tales": 0.5})
     assert parse_arm(f"tales@{DIGEST}:0.5+songs@2:-1") == Selection(fusion={f"tales@{DIGEST}": 0.5, "songs@2": -1.0})
-    assert parse_weighted("a@champion:1e-3", "fuse") == ("a@champion", 1e-3)
+    assert parse_weighted("a@champion:1e-3", "fuse") == WeightedAdapter("a@champion", 1e-3)
+    assert parse_arm("hub:org/repo@main:0.5+tales:1e+2") == Selection(fusion={"hub:org/repo@main": 0.5, "tales": 100.0})
+    assert parse_arm("dare_ties(a:1+b:-1, density=0.2,seed=3)") == Selection(
+        fusion=Fusion((WeightedAdapter("a"), WeightedAdapter("b", -1.0)), "dare_ties", density=0.2, seed=3)
+    )
+    for wrong in ("svd(a:1+b:1, rank=-1)", "svd(a:1", "a+b"):
+        with pytest.raises(InvalidArgument):
+            parse_arm(wrong)
     for wrong in (f"tales@{DIGEST}", "tales", "tales:"):
         with pytest.raises(InvalidArgument) as caught:
             parse_weighted(wrong, "fuse")

@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapterbay.server.layers import FEW_TOKENS, AdapterMix, MixedLinear, RankPool, Run, step_context
+from adapterbay.server.adapters.forms import LinearForm, LowRank
+from adapterbay.server.mix.context import step_context
+from adapterbay.server.mix.linear import LinearSite, MixedLinear
+from adapterbay.server.mix.plan import FEW_TOKENS, AdapterMix, Run
+from adapterbay.server.mix.pools import RankPool
 from adapterbay.server.packed import PackedLinear, can_pack
 
 IN, OUT = 24, 40
@@ -22,6 +26,13 @@ def naive(x: Tensor, runs: list[Run], adapters: dict[str, tuple[Tensor, Tensor, 
                     a, b, scaling = adapters[key]
                     y[token] += weight * scaling * (b.double().t() @ (a.double() @ x[token].double()))
     return y
+
+
+def site_of(adapters: dict[str, tuple[Tensor, Tensor, float]]) -> LinearSite:
+    site = LinearSite(IN, OUT, torch.float32, torch.device("cpu"))
+    for key, (a, b, scaling) in adapters.items():
+        site.place(key, LinearForm(LowRank(a, b, scaling)))
+    return site
 
 
 def pool_of(adapters: dict[str, tuple[Tensor, Tensor, float]]) -> RankPool:
@@ -60,7 +71,7 @@ def test_every_token_gets_its_own_deltas_and_no_other(popularity: str, lengths: 
     x = torch.randn(1, at, IN)
     base = nn.Linear(IN, OUT)
     layer = MixedLinear(base, IN, OUT)
-    layer.pool = pool_of(adapters)
+    layer.site = site_of(adapters)
     step_context.mix = AdapterMix(at, runs, torch.float32, torch.device("cpu"))
     try:
         with torch.inference_mode():
@@ -75,7 +86,7 @@ def test_every_token_gets_its_own_deltas_and_no_other(popularity: str, lengths: 
 def test_without_a_mix_the_layer_is_the_base_layer() -> None:
     base = nn.Linear(IN, OUT)
     layer = MixedLinear(base, IN, OUT)
-    layer.pool = pool_of(random_adapters(2))
+    layer.site = site_of(random_adapters(2))
     x = torch.randn(3, IN)
     assert torch.equal(layer(x), base(x))
 
@@ -83,7 +94,7 @@ def test_without_a_mix_the_layer_is_the_base_layer() -> None:
 def test_an_adapter_that_is_not_at_this_layer_adds_nothing() -> None:
     base = nn.Linear(IN, OUT)
     layer = MixedLinear(base, IN, OUT)
-    layer.pool = pool_of(random_adapters(2))
+    layer.site = site_of(random_adapters(2))
     x = torch.randn(1, 3, IN)
     step_context.mix = AdapterMix(3, [Run(0, 3, (("elsewhere", 1.0),))], torch.float32, torch.device("cpu"))
     try:
@@ -131,13 +142,13 @@ def test_mostly_idle_pools_are_gathered_not_read() -> None:
     mix = AdapterMix(2, runs, torch.float32, torch.device("cpu"))
     x, y = torch.randn(2, IN), torch.zeros(2, OUT)
     mix.add_to(y, x, pool)
-    assert isinstance(mix._plans[pool.layout][0].rows, Tensor)  # type: ignore[union-attr]
+    assert isinstance(mix._plans[pool.layout, ""][0].rows, Tensor)  # type: ignore[union-attr]
     torch.testing.assert_close(y.double(), naive(x, runs, adapters, OUT), rtol=1e-5, atol=2e-3)
 
 
 def test_a_mix_for_other_tokens_is_an_error_and_not_a_guess() -> None:
     layer = MixedLinear(nn.Linear(IN, OUT), IN, OUT)
-    layer.pool = pool_of(random_adapters(1))
+    layer.site = site_of(random_adapters(1))
     step_context.mix = AdapterMix(2, [Run(0, 2, (("a0", 1.0),))], torch.float32, torch.device("cpu"))
     try:
         with pytest.raises(RuntimeError, match="2 tokens met a layer input of 3"):
@@ -153,9 +164,9 @@ def test_packed_pools_follow_every_change(lengths: list[int]) -> None:
     the sums have up to 88 terms of size about 1."""
     adapters = random_adapters(8)
     layer = MixedLinear(PackedLinear(nn.Linear(IN, OUT, dtype=torch.bfloat16)), IN, OUT)
-    layer.pool = pool = RankPool(IN, OUT, torch.bfloat16, torch.device("cpu"))
+    layer.site = pool = LinearSite(IN, OUT, torch.bfloat16, torch.device("cpu"))
     for key, (a, b, scaling) in adapters.items():
-        pool.place(key, 0.1 * a, 0.1 * b, scaling)
+        pool.place(key, LinearForm(LowRank(0.1 * a, 0.1 * b, scaling)))
     runs, at = [], 0
     for index, length in enumerate(lengths):
         runs.append(Run(at, at + length, ((f"a{index}", 1.0),)))
@@ -181,6 +192,6 @@ def test_packed_pools_follow_every_change(lengths: list[int]) -> None:
     fresh = random_adapters(8, seed=5)
     for key in ("a7", "a3"):
         a, b, scaling = fresh[key]
-        pool.place(key, 0.1 * a, 0.1 * b, scaling)
+        pool.place(key, LinearForm(LowRank(0.1 * a, 0.1 * b, scaling)))
         present[key] = (0.1 * a, 0.1 * b, scaling)
         check()

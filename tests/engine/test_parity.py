@@ -18,7 +18,7 @@ import pytest
 import torch
 from engine_tools import Answer, Harness, References, Selection, held, reference_greedy, reference_logits
 from safetensors.torch import load_file, save_file
-from tiny import CAUSAL, load_reference
+from tiny import CAUSAL, OTHER_CAUSAL, load_reference
 from zoo import Zoo
 
 ATOL = 1e-4
@@ -51,8 +51,10 @@ def check(answer: Answer, harness: Harness, model: object, prompt: Sequence[int]
     assert result.token_ids == reference_greedy(model, prompt, most)
 
 
-@pytest.mark.parametrize("popularity", POPULARITY)
-@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize(
+    ("architecture", "popularity"),
+    [*itertools.product(CAUSAL, POPULARITY), *((architecture, "distinct") for architecture in OTHER_CAUSAL)],
+)
 def test_mixed_rows_equal_peft_alone(architecture: str, popularity: str, zoos: dict[str, Zoo]) -> None:
     """Requests join and leave at every step: prompts of 1 to 90 tokens in chunks of 48, different lengths of answer,
     arriving a few at a time, more of them than rows."""

@@ -223,15 +223,15 @@ BAD: dict[str, tuple[Spoil, type[AdapterbayError], str]] = {
     "a layer that its config leaves out": (config(layers_to_transform=[0]), Rejected, "UNKNOWN_TENSOR"),
     "rank_pattern against the tensors": (config(rank_pattern={"q_proj": 2}), Rejected, "SHAPE_MISMATCH"),
     "r against the tensors": (config(r=8), Rejected, "SHAPE_MISMATCH"),
-    "LoRA on lm_head": (
+    "LoRA on lm_head, which its config leaves out": (
         both(add("base_model.model.lm_head.lora_A.weight"), add("base_model.model.lm_head.lora_B.weight", (96, 4))),
-        UnsupportedMethod,
-        "UNSUPPORTED_METHOD",
+        Rejected,
+        "UNKNOWN_TENSOR",
     ),
-    "LoRA on the embedding": (
+    "LoRA on the embedding, which its config leaves out": (
         add("base_model.model.model.embed_tokens.lora_embedding_A", (4, 96)),
-        UnsupportedMethod,
-        "UNSUPPORTED_METHOD",
+        Rejected,
+        "UNKNOWN_TENSOR",
     ),
     "a head of another width": (add("base_model.model.score.weight", (2, 31)), Rejected, "SHAPE_MISMATCH"),
     "a head's bias of another height": (
@@ -239,8 +239,13 @@ BAD: dict[str, tuple[Spoil, type[AdapterbayError], str]] = {
         Rejected,
         "SHAPE_MISMATCH",
     ),
-    "a head of several layers": (
+    "half of a head of two layers": (
         add("base_model.model.classifier.out_proj.weight", (2, 32)),
+        Rejected,
+        "MISSING_TENSOR",
+    ),
+    "a head of another kind": (
+        add("base_model.model.classifier.0.weight", (2, 32)),
         UnsupportedMethod,
         "UNSUPPORTED_METHOD",
     ),
@@ -258,12 +263,16 @@ BAD: dict[str, tuple[Spoil, type[AdapterbayError], str]] = {
     "long JSON": (put("adapter_config.json", b"[" + b" " * 9_000_000 + b"]"), Rejected, "TOO_LARGE"),
     "bad training.json": (put("training.json", b"{"), Rejected, "BAD_JSON"),
     "no method": (config(peft_type=...), Rejected, "BAD_CONFIG"),
-    "an unknown method": (config(peft_type="IA3"), UnsupportedMethod, "UNSUPPORTED_METHOD"),
-    "DoRA": (config(use_dora=True), UnsupportedMethod, "UNSUPPORTED_METHOD"),
+    "an unknown method": (config(peft_type="QUANTUM"), UnsupportedMethod, "UNSUPPORTED_METHOD"),
+    "a method that is known and not served": (config(peft_type="XLORA"), UnsupportedMethod, "UNSUPPORTED_METHOD"),
+    "another method's settings": (config(peft_type="IA3"), Rejected, "UNKNOWN_CONFIG_KEY"),
+    "DoRA without magnitudes": (config(use_dora=True), Rejected, "MISSING_TENSOR"),
+    "two variants": (config(use_dora=True, kasa_config={}), UnsupportedMethod, "UNSUPPORTED_METHOD"),
     "PiSSA": (config(init_lora_weights="pissa_niter_4"), UnsupportedMethod, "UNSUPPORTED_METHOD"),
-    "a bias": (config(bias="lora_only"), UnsupportedMethod, "UNSUPPORTED_METHOD"),
-    "another module whole": (config(modules_to_save=["lm_head"]), UnsupportedMethod, "UNSUPPORTED_METHOD"),
-    "another task": (config(task_type="TOKEN_CLS"), UnsupportedMethod, "UNSUPPORTED_METHOD"),
+    "a bias that PEFT does not know": (config(bias="lora"), Rejected, "BAD_CONFIG"),
+    "a whole module that is missing": (config(modules_to_save=["lm_head"]), Rejected, "MISSING_TENSOR"),
+    "a tagger without a head": (config(task_type="TOKEN_CLS"), Rejected, "MISSING_TENSOR"),
+    "another task": (config(task_type="QUESTION_ANS"), UnsupportedMethod, "UNSUPPORTED_METHOD"),
     "an unknown setting": (config(use_quantum=True), Rejected, "UNKNOWN_CONFIG_KEY"),
     "an unknown setting that is false": (config(use_quantum=False), Rejected, "UNKNOWN_CONFIG_KEY"),
     "a rank that is no number": (config(r="4"), Rejected, "BAD_CONFIG"),

@@ -322,10 +322,10 @@ def test_auto_mapping(llama: Tiny, draft: DraftOf, registry: Registry, mapping: 
 
 def test_what_is_refused_is_refused_before_a_base_is_fetched(llama: Tiny, draft: DraftOf, registry: Registry) -> None:
     one = draft(llama)
-    one.edit_config(base_model_name_or_path="org/nowhere", use_dora=True)
+    one.edit_config(base_model_name_or_path="org/nowhere", arrow_config={})
     with pytest.raises(UnsupportedMethod):
         registry.push(one.path, "x")
-    one.edit_config(use_dora=False)
+    one.edit_config(arrow_config=None)
     one.weights.write_bytes(one.weights.read_bytes()[:-1])
     refused("TRUNCATED", lambda: registry.push(one.path, "x"))
 

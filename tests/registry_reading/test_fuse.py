@@ -23,6 +23,7 @@ def settings_of(method: str) -> FusionSettings:
         density=0.4 if FusionSettings(method).prunes else None,
         seed=11 if FusionSettings(method).drops_at_random else None,
         rank=5 if FusionSettings(method).decomposes else None,
+        majority_sign="frequency" if method == "dare_ties" else None,
     )
 
 
@@ -144,7 +145,8 @@ def test_a_rank_above_what_a_layer_has(bench: Bench) -> None:
 
 @pytest.mark.parametrize("bench", ["gpt2", "bert"], indirect=True)
 def test_heads_are_averaged_as_the_server_does(bench: Bench) -> None:
-    from adapterbay.server.adapters.forms import Head, ServingForm
+    from adapterbay.server.adapters.forms import ServingForm
+    from adapterbay.server.heads import Head, HeadLayer, HeadPooling
     from adapterbay.server.pooling import blend_heads
 
     labels = ("bad", "good")
@@ -158,11 +160,9 @@ def test_heads_are_averaged_as_the_server_does(bench: Bench) -> None:
     tensors = [load_file(folder / "adapter_model.safetensors") for folder in files]
     (weight_key,) = (key for key in tensors[0] if key.endswith(("score.weight", "classifier.weight")))
     bias_key = weight_key.replace("weight", "bias")
-    forms = [
-        ServingForm("", receipt.manifest, {}, Head(part[weight_key], part.get(bias_key), labels))
-        for part in tensors[:2]
-    ]
-    blended = blend_heads(forms, [3.0, -1.0])
+    heads = [Head((HeadLayer(part[weight_key], part.get(bias_key)),), labels, HeadPooling.LAST) for part in tensors[:2]]
+    forms = [ServingForm("", receipt.manifest, head=head) for head in heads]
+    blended = blend_heads(forms, [3.0, -1.0]).layers[0]
     torch.testing.assert_close(tensors[2][weight_key], blended.weight)
     assert (blended.bias is None) == (bias_key not in tensors[2])
     if blended.bias is not None:

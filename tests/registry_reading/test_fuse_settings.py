@@ -68,6 +68,8 @@ def test_the_fuser_is_found_by_its_entry_point() -> None:
         ({"method": "ties", "density": float("nan")}, "density"),
         ({"method": "svd", "rank": 0}, "rank"),
         ({"method": "dare_ties", "seed": -1}, "seed"),
+        ({"method": "dare_linear", "majority_sign": "total"}, "majority_sign"),
+        ({"method": "ties", "majority_sign": "most"}, "majority_sign"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], field: str) -> None:

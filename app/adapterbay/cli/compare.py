@@ -15,7 +15,7 @@ import typer
 
 from adapterbay.cli import options
 from adapterbay.cli.console import asking
-from adapterbay.client import Client, ComparisonAnswer, Selection
+from adapterbay.client import Client, ComparisonAnswer, Fusion, Selection
 from adapterbay.comparison import PairedComparison, compare_paired, require_statistics
 from adapterbay.registry import Registry
 from adapterbay.registry.console import write_json
@@ -196,7 +196,8 @@ def _task(client: Client, task: TaskChoice, arms: Sequence[Selection]) -> TaskCh
     if task is not TaskChoice.AUTO:
         return task
     for arm in arms:
-        reference = arm.adapter or next(iter(arm.fusion or {}), None)
+        fused = Fusion.of(arm.fusion).adapters if arm.fusion is not None else ()
+        reference = arm.adapter or next((adapter.reference for adapter in fused), None)
         if reference is not None:
             trained = client.get_adapter(reference).task
             return TaskChoice.CLASSIFY if trained == "sequence-classification" else TaskChoice.GENERATE

@@ -18,7 +18,7 @@ from adapterbay.registry.errors import InvalidArgument
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to complete; - reads it from standard input.")],
-    adapter: Annotated[str | None, typer.Option("--adapter", help="An adapter reference.")] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", help=options.SELECTION_HELP)] = None,
     fuse: Annotated[
         list[str] | None, typer.Option("--fuse", metavar="REF:WEIGHT", help="One adapter of a fusion; repeat it.")
     ] = None,

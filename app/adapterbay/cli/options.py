@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import typer
 
-from adapterbay.client import Selection
+from adapterbay.client import Fusion, Selection, WeightedAdapter
 from adapterbay.client.channel import DEFAULT_ADDRESS
 from adapterbay.client.types import Provenance
 from adapterbay.registry.errors import InvalidArgument
@@ -26,40 +25,45 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this 
 
 SERVER = DEFAULT_ADDRESS
 BASE_ARM = "base"
-_HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
+SELECTION_HELP = "An adapter reference, REF:WEIGHT, or a fusion such as a:0.7+b:-0.3 or 'ties(a:1+b:1, density=0.2)'."
 
 
-def parse_weighted(text: str, field: str) -> tuple[str, float]:
-    """`REF:WEIGHT`, for instance `tales@2:0.5`. The reference may itself end with `@sha256:HEX`."""
-    reference, separator, weight = text.rpartition(":")
-    if not separator or _HEX_DIGEST.fullmatch(weight):
-        raise InvalidArgument(f"{text!r} has no weight; write REFERENCE:WEIGHT, as in tales@2:0.5.", field=field)
+def parse_weighted(text: str, field: str) -> WeightedAdapter:
+    """`REF:WEIGHT`, for instance `tales@2:0.5`, or `REF:WEIGHT[LAYERS=WEIGHT,…]`."""
     try:
-        return reference, float(weight)
-    except ValueError:
-        raise InvalidArgument(f"The weight {weight!r} in {text!r} is not a number.", field=field) from None
+        return WeightedAdapter.parse(text)
+    except ValueError as error:
+        raise InvalidArgument(str(error), field=field) from None
+
+
+def parse_selection(text: str, field: str) -> Selection:
+    """A reference or a fusion: `REF:WEIGHT+REF:WEIGHT`, `ties(REF:WEIGHT+REF:WEIGHT, density=0.2)`."""
+    try:
+        selection = Selection.parse(text)
+        selection.fields()  # numbers that a message cannot hold
+        return selection
+    except ValueError as error:
+        raise InvalidArgument(str(error), field=field) from None
 
 
 def parse_arm(text: str) -> Selection:
-    """An arm: `base`, a reference, or a fusion `REF:WEIGHT+REF:WEIGHT`. An adapter named base is `base@latest`."""
-    if text == BASE_ARM:
-        return Selection(base=True)
-    _, separator, end = text.rpartition(":")
-    if "+" not in text and (not separator or text.startswith("hub:") or _HEX_DIGEST.fullmatch(end)):
-        return Selection(adapter=text)
-    return Selection(fusion=dict(parse_weighted(part, "arms") for part in text.split("+")))
+    """An arm: `base`, a reference, or a fusion. An adapter named base is `base@latest`."""
+    return Selection(base=True) if text == BASE_ARM else parse_selection(text, "arms")
 
 
 def choose(adapter: str | None, fuse: list[str] | None, base: bool) -> Selection:
     """What should answer, from --adapter, --fuse and --base: exactly one."""
-    fusion = dict(parse_weighted(part, "fuse") for part in fuse) if fuse else None
-    if fuse and fusion is not None and len(fusion) < len(fuse):
-        raise InvalidArgument("An adapter appears twice in --fuse.", field="fuse")
-    if [adapter is not None, fusion is not None, base].count(True) != 1:
+    parts = tuple(parse_weighted(part, "fuse") for part in fuse or ())
+    if [adapter is not None, bool(parts), base].count(True) != 1:
         raise InvalidArgument(
             "Say what should answer by exactly one of --adapter REF, --fuse REF:WEIGHT … and --base.", field="adapter"
         )
-    return Selection(adapter=adapter, fusion=fusion, base=base)
+    if adapter is not None:
+        return parse_selection(adapter, "adapter")
+    try:
+        return Selection(fusion=Fusion(parts)) if parts else Selection(base=True)
+    except ValueError as error:
+        raise InvalidArgument(f"{error} See --fuse.", field="fuse") from None
 
 
 def answered_by(provenance: Provenance) -> str:
@@ -69,5 +73,7 @@ def answered_by(provenance: Provenance) -> str:
     parts = []
     for use in provenance.adapters:
         weight = "" if use.weight == 1 else f"{use.weight:g} × "
-        parts.append(f"{weight}{use.name}@{use.version} ({use.digest[:19]}…)")
-    return " + ".join(parts)
+        layers = ",".join(f"{pattern}={factor:g}" for pattern, factor in use.layer_weights.items())
+        parts.append(f"{weight}{use.name}@{use.version} ({use.digest[:19]}…)" + (f"[{layers}]" if layers else ""))
+    together = " + ".join(parts)
+    return together if provenance.fusion is None else f"{provenance.fusion.method} of {together}"

@@ -119,6 +119,7 @@ def _fused(
             # The same first singular vectors, without those that are cut off.
             svd_full_matrices=False,
             density=settings.density,
+            majority_sign_method=settings.majority_sign or "total",
         )
     except ValueError as error:
         raise InvalidArgument(f"PEFT cannot fuse them by {settings.method}: {error}", field="method") from error

@@ -12,11 +12,25 @@ from adapterbay.base.text import Tokenizer, load_tokenizer
 from adapterbay.registry.base import BaseFiles, locate
 from adapterbay.registry.errors import InvalidArgument, UnsupportedMethod
 
-Kind = Literal["causal-lm", "encoder"]
+Kind = Literal["causal-lm", "encoder", "encoder-decoder"]
 Quantization = Literal["none", "nf4", "int8"]
 
 QUANTIZATIONS = ("auto", "none", "nf4", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+ENCODER_DECODERS = ("t5",)
+"""Model types; each needs attention of its own."""
+
+ROBERTA_LIKE = (
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+"""Model types whose positions begin after the padding's index."""
 
 KEPT_WHOLE = ("lm_head", "score", "classifier", "pooler")
 """Heads are never quantized: they are small, and PEFT trains or replaces them."""
@@ -87,18 +101,22 @@ def pick_quantization(quantize: str, device: torch.device) -> Quantization:
 
 
 def kind_of(config: Any) -> Kind:
-    """Whether a base generates or encodes.
+    """Whether a base generates, encodes, or does the one after the other.
 
-    Raises UnsupportedMethod for encoder-decoders and for architectures that transformers has no such class for.
+    Raises UnsupportedMethod for encoder-decoders other than T5 and for what transformers has no such class for.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     if getattr(config, "is_encoder_decoder", False):
+        if config.model_type in ENCODER_DECODERS:
+            return "encoder-decoder"
         raise UnsupportedMethod(
-            f"{config.model_type} is an encoder-decoder; only causal language models and encoders are served."
+            f"{config.model_type} is an encoder-decoder; of these only {', '.join(ENCODER_DECODERS)} is served."
         )
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         return "encoder"
+    if config.get_text_config() is not config:
+        raise UnsupportedMethod(f"{config.model_type} takes more than text, which is not served; take its text model.")
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "causal-lm"
     raise UnsupportedMethod(f"transformers has no causal or encoder class for model type {config.model_type!r}.")
@@ -139,7 +157,7 @@ def load_base(
     lower the context, never raise it. Raises NotFound for a base that is not there, InvalidArgument for settings
     that make no sense and UnsupportedMethod for an architecture that is not served.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     files = locate(reference)
     where = pick_device(device)
@@ -153,8 +171,13 @@ def load_base(
     if quantization != "none":
         settings["quantization_config"] = quantization_config(quantization, torch_dtype)
         settings["device_map"] = {"": where}
-    model_class = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
-    model, loading = model_class.from_pretrained(files.folder, **settings)
+    classes = {"causal-lm": AutoModelForCausalLM, "encoder": AutoModel, "encoder-decoder": AutoModelForSeq2SeqLM}
+    try:
+        model, loading = classes[kind].from_pretrained(files.folder, **settings)
+    except KeyError as error:
+        if error.args != (attention,):
+            raise
+        raise UnsupportedMethod(f"{config.model_type} takes no other attention than its own.") from error
     missing = {name for name in loading["missing_keys"] if not name.startswith("pooler.")}
     if missing:
         raise InvalidArgument(
@@ -177,7 +200,7 @@ def load_base(
         device=str(where),
         parameters=model.num_parameters(),
         bytes=model.get_memory_footprint(),
-        hidden_size=config.hidden_size,
+        hidden_size=state_size(config),
         max_length=max_length or limit,
         vocabulary_size=config.vocab_size,
     )
@@ -189,15 +212,24 @@ def load_base(
     )
 
 
+def state_size(config: Any) -> int:
+    """The width of the last hidden states. OPT's smallest models project them to the width of their embeddings."""
+    size: int = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    return size
+
+
 def context_length(config: Any) -> int:
-    """The most positions that the base has."""
+    """The most positions that the base has. T5's distances know no limit; without n_positions it is what it was
+    trained on, 512, for the text and for the answer each."""
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value - position_offset(config)
+    if config.model_type in ENCODER_DECODERS:
+        return 512
     raise UnsupportedMethod(f"The config of {config.model_type!r} does not say how many positions it takes.")
 
 
 def position_offset(config: Any) -> int:
     """What must be added to a position counted from 0: RoBERTa's table begins after its padding index."""
-    return (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return (config.pad_token_id or 0) + 1 if config.model_type in ROBERTA_LIKE else 0

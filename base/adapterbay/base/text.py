@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapterbay.registry.errors import InvalidArgument
+from adapterbay.registry.errors import InvalidArgument, UnsupportedMethod
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase; transformers ships no usable types
 
@@ -29,6 +29,31 @@ def encode_text(tokenizer: Tokenizer, text: str, *, max_length: int | None = Non
     """
     cut = {"truncation": False} if max_length is None else {"truncation": True, "max_length": max_length}
     return list(tokenizer(text, add_special_tokens=True, verbose=False, **cut)["input_ids"])
+
+
+def encode_spans(
+    tokenizer: Tokenizer, text: str, *, max_length: int | None = None
+) -> tuple[list[int], list[tuple[int, int] | None]]:
+    """Like `encode_text`, with the place [begin, end) of each token in the text, None for a special token.
+
+    Places are counted in code points. Raises UnsupportedMethod for a tokenizer that does not know them.
+    """
+    if not tokenizer.is_fast:
+        raise UnsupportedMethod("This base's tokenizer does not tell where its tokens lie in a text.")
+    cut = {"truncation": False} if max_length is None else {"truncation": True, "max_length": max_length}
+    encoded = tokenizer(
+        text,
+        add_special_tokens=True,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+        **cut,
+    )
+    places = [
+        None if special else (int(begin), int(end))
+        for (begin, end), special in zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
+    ]
+    return list(encoded["input_ids"]), places
 
 
 def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -622,6 +622,164 @@ class ClassifyResponse(_message.Message):
 Global___ClassifyResponse: _TypeAlias = ClassifyResponse  # noqa: Y015
 
 @_typing.final
+class TokenLabel(_message.Message):
+    """One token of a text and its label. The special tokens that the tokenizer adds are left out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    begin: _builtins.int
+    """Where the token begins in the text, counted in Unicode code points from 0."""
+    end: _builtins.int
+    """Where it ends; the first code point that is no part of it. Tokens that share one character have the same place."""
+    token: _builtins.str
+    """The text from begin to end."""
+    label: _builtins.str
+    """The likeliest label."""
+    index: _builtins.int
+    """Its position in the head's output."""
+    probability: _builtins.float
+    """Its probability, softmax over the labels."""
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___LabelScore]:
+        """All labels in the head's order; empty unless ClassifyTokensRequest.scores is set."""
+
+    def __init__(
+        self,
+        *,
+        begin: _builtins.int = ...,
+        end: _builtins.int = ...,
+        token: _builtins.str = ...,
+        label: _builtins.str = ...,
+        index: _builtins.int = ...,
+        probability: _builtins.float = ...,
+        scores: _abc.Iterable[Global___LabelScore] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "end", b"end", "index", b"index", "label", b"label", "probability", b"probability", "scores", b"scores", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLabel: _TypeAlias = TokenLabel  # noqa: Y015
+
+@_typing.final
+class TokenClassification(_message.Message):
+    """A text's tokens in their order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABELS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    """How many tokens the text had with the special ones, after truncation if there was any."""
+    truncated: _builtins.bool
+    """Whether the text was cut, see ClassifyTokensRequest.truncate."""
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLabel]:
+        """One entry for each token of the text."""
+
+    def __init__(
+        self,
+        *,
+        labels: _abc.Iterable[Global___TokenLabel] | None = ...,
+        tokens: _builtins.int = ...,
+        truncated: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "tokens", b"tokens", "truncated", b"truncated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenClassification: _TypeAlias = TokenClassification  # noqa: Y015
+
+@_typing.final
+class ClassifyTokensRequest(_message.Message):
+    """Asks for the labels of the tokens of texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    FUSION_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    TRUNCATE_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """One adapter, by reference."""
+    base: _builtins.bool
+    """The base alone; must be true when it is set."""
+    truncate: _builtins.bool
+    """Cut texts that are too long at the adapter's trained length, or else at the base's, instead of refusing them."""
+    scores: _builtins.bool
+    """Report all labels of each token, not only the likeliest."""
+    @_builtins.property
+    def fusion(self) -> _types_pb2.Fusion:
+        """Several adapters applied as one. Heads are averaged by weight, so their labels must be the same."""
+
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The texts, at least one, none empty."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        fusion: _types_pb2.Fusion | None = ...,
+        base: _builtins.bool = ...,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+        truncate: _builtins.bool = ...,
+        scores: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "base", b"base", "fusion", b"fusion", "selection", b"selection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "base", b"base", "fusion", b"fusion", "scores", b"scores", "selection", b"selection", "texts", b"texts", "truncate", b"truncate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_selection: _TypeAlias = _typing.Literal["adapter", "fusion", "base"]  # noqa: Y015
+    _WhichOneofArgType_selection: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_selection) -> _WhichOneofReturnType_selection | None: ...
+
+Global___ClassifyTokensRequest: _TypeAlias = ClassifyTokensRequest  # noqa: Y015
+
+@_typing.final
+class ClassifyTokensResponse(_message.Message):
+    """Labels of tokens, in the order of the request's texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLASSIFICATIONS_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def classifications(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenClassification]:
+        """One entry for each text."""
+
+    @_builtins.property
+    def provenance(self) -> _types_pb2.Provenance:
+        """What answered."""
+
+    def __init__(
+        self,
+        *,
+        classifications: _abc.Iterable[Global___TokenClassification] | None = ...,
+        provenance: _types_pb2.Provenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classifications", b"classifications", "provenance", b"provenance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassifyTokensResponse: _TypeAlias = ClassifyTokensResponse  # noqa: Y015
+
+@_typing.final
 class Embedding(_message.Message):
     """One text's vector."""
 

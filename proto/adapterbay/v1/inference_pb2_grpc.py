@@ -55,6 +55,11 @@ class InferenceServiceStub:
                 request_serializer=adapterbay_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
                 response_deserializer=adapterbay_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
                 _registered_method=True)
+        self.ClassifyTokens = channel.unary_unary(
+                '/adapterbay.v1.InferenceService/ClassifyTokens',
+                request_serializer=adapterbay_dot_v1_dot_inference__pb2.ClassifyTokensRequest.SerializeToString,
+                response_deserializer=adapterbay_dot_v1_dot_inference__pb2.ClassifyTokensResponse.FromString,
+                _registered_method=True)
         self.Embed = channel.unary_unary(
                 '/adapterbay.v1.InferenceService/Embed',
                 request_serializer=adapterbay_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
@@ -97,6 +102,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ClassifyTokens(self, request, context):
+        """Labels each token of texts (names, parts of speech, …) with the head of an adapter trained for token classification.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Embed(self, request, context):
         """Embeds texts by pooling the last hidden states.
         """
@@ -128,6 +140,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Classify,
                     request_deserializer=adapterbay_dot_v1_dot_inference__pb2.ClassifyRequest.FromString,
                     response_serializer=adapterbay_dot_v1_dot_inference__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'ClassifyTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClassifyTokens,
+                    request_deserializer=adapterbay_dot_v1_dot_inference__pb2.ClassifyTokensRequest.FromString,
+                    response_serializer=adapterbay_dot_v1_dot_inference__pb2.ClassifyTokensResponse.SerializeToString,
             ),
             'Embed': grpc.unary_unary_rpc_method_handler(
                     servicer.Embed,
@@ -227,6 +244,33 @@ class InferenceService:
             '/adapterbay.v1.InferenceService/Classify',
             adapterbay_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
             adapterbay_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClassifyTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/adapterbay.v1.InferenceService/ClassifyTokens',
+            adapterbay_dot_v1_dot_inference__pb2.ClassifyTokensRequest.SerializeToString,
+            adapterbay_dot_v1_dot_inference__pb2.ClassifyTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

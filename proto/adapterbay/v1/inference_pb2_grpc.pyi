@@ -45,6 +45,8 @@ class InferenceServiceStub:
     """Completes a prompt or a conversation and streams the text as it comes."""
     Classify: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ClassifyRequest, _inference_pb2.ClassifyResponse]
     """Labels texts with the classification head that the adapter brings."""
+    ClassifyTokens: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ClassifyTokensRequest, _inference_pb2.ClassifyTokensResponse]
+    """Labels each token of texts (names, parts of speech, …) with the head of an adapter trained for token classification."""
     Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
     """Embeds texts by pooling the last hidden states."""
     Compare: _grpc.UnaryStreamMultiCallable[_inference_pb2.CompareRequest, _inference_pb2.CompareResponse]
@@ -67,6 +69,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Completes a prompt or a conversation and streams the text as it comes."""
     Classify: _aio.UnaryUnaryMultiCallable[_inference_pb2.ClassifyRequest, _inference_pb2.ClassifyResponse]  # type: ignore[assignment]
     """Labels texts with the classification head that the adapter brings."""
+    ClassifyTokens: _aio.UnaryUnaryMultiCallable[_inference_pb2.ClassifyTokensRequest, _inference_pb2.ClassifyTokensResponse]  # type: ignore[assignment]
+    """Labels each token of texts (names, parts of speech, …) with the head of an adapter trained for token classification."""
     Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
     """Embeds texts by pooling the last hidden states."""
     Compare: _aio.UnaryStreamMultiCallable[_inference_pb2.CompareRequest, _inference_pb2.CompareResponse]  # type: ignore[assignment]
@@ -104,6 +108,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ClassifyResponse, _abc.Awaitable[_inference_pb2.ClassifyResponse]]:
         """Labels texts with the classification head that the adapter brings."""
+
+    @_abc_1.abstractmethod
+    def ClassifyTokens(
+        self,
+        request: _inference_pb2.ClassifyTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ClassifyTokensResponse, _abc.Awaitable[_inference_pb2.ClassifyTokensResponse]]:
+        """Labels each token of texts (names, parts of speech, …) with the head of an adapter trained for token classification."""
 
     @_abc_1.abstractmethod
     def Embed(

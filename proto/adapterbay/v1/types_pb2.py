@@ -24,25 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61\x64\x61pterbay/v1/types.proto\x12\radapterbay.v1\"2\n\x0fWeightedAdapter\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\":\n\x06\x46usion\x12\x30\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1e.adapterbay.v1.WeightedAdapter\"^\n\nAdapterUse\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x0e\n\x06weight\x18\x05 \x01(\x01\"g\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x14\n\x0cload_seconds\x18\x02 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x04 \x01(\x01\"\x92\x01\n\nProvenance\x12\x18\n\x10\x62\x61se_fingerprint\x18\x01 \x01(\t\x12+\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x19.adapterbay.v1.AdapterUse\x12\'\n\x07timings\x18\x03 \x01(\x0b\x32\x16.adapterbay.v1.Timings\x12\x14\n\x0cquantization\x18\x04 \x01(\t\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"<\n\x0c\x43onversation\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.adapterbay.v1.ChatMessageb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61\x64\x61pterbay/v1/types.proto\x12\radapterbay.v1\"-\n\x0bLayerWeight\x12\x0e\n\x06layers\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"e\n\x0fWeightedAdapter\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x31\n\rlayer_weights\x18\x03 \x03(\x0b\x32\x1a.adapterbay.v1.LayerWeight\"\xf5\x01\n\x06\x46usion\x12\x30\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1e.adapterbay.v1.WeightedAdapter\x12+\n\x06method\x18\x02 \x01(\x0e\x32\x1b.adapterbay.v1.FusionMethod\x12\x14\n\x07\x64\x65nsity\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x32\n\rmajority_sign\x18\x04 \x01(\x0e\x32\x1b.adapterbay.v1.MajoritySign\x12\x11\n\x04rank\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x42\n\n\x08_densityB\x07\n\x05_rankB\x07\n\x05_seed\"\x91\x01\n\nAdapterUse\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\x31\n\rlayer_weights\x18\x06 \x03(\x0b\x32\x1a.adapterbay.v1.LayerWeight\"\xd6\x01\n\tFusionUse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12+\n\x06method\x18\x02 \x01(\x0e\x32\x1b.adapterbay.v1.FusionMethod\x12\x14\n\x07\x64\x65nsity\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x32\n\rmajority_sign\x18\x04 \x01(\x0e\x32\x1b.adapterbay.v1.MajoritySign\x12\x11\n\x04rank\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x42\n\n\x08_densityB\x07\n\x05_rankB\x07\n\x05_seed\"g\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x14\n\x0cload_seconds\x18\x02 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x04 \x01(\x01\"\xbc\x01\n\nProvenance\x12\x18\n\x10\x62\x61se_fingerprint\x18\x01 \x01(\t\x12+\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x19.adapterbay.v1.AdapterUse\x12\'\n\x07timings\x18\x03 \x01(\x0b\x32\x16.adapterbay.v1.Timings\x12\x14\n\x0cquantization\x18\x04 \x01(\t\x12(\n\x06\x66usion\x18\x05 \x01(\x0b\x32\x18.adapterbay.v1.FusionUse\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"<\n\x0c\x43onversation\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.adapterbay.v1.ChatMessage*\xf3\x02\n\x0c\x46usionMethod\x12\x1d\n\x19\x46USION_METHOD_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46USION_METHOD_LINEAR\x10\x01\x12\x15\n\x11\x46USION_METHOD_CAT\x10\x02\x12\x15\n\x11\x46USION_METHOD_SVD\x10\x03\x12\x16\n\x12\x46USION_METHOD_TIES\x10\x04\x12\x1a\n\x16\x46USION_METHOD_TIES_SVD\x10\x05\x12\x1d\n\x19\x46USION_METHOD_DARE_LINEAR\x10\x06\x12\x1b\n\x17\x46USION_METHOD_DARE_TIES\x10\x07\x12!\n\x1d\x46USION_METHOD_DARE_LINEAR_SVD\x10\x08\x12\x1f\n\x1b\x46USION_METHOD_DARE_TIES_SVD\x10\t\x12!\n\x1d\x46USION_METHOD_MAGNITUDE_PRUNE\x10\n\x12%\n!FUSION_METHOD_MAGNITUDE_PRUNE_SVD\x10\x0b*c\n\x0cMajoritySign\x12\x1d\n\x19MAJORITY_SIGN_UNSPECIFIED\x10\x00\x12\x17\n\x13MAJORITY_SIGN_TOTAL\x10\x01\x12\x1b\n\x17MAJORITY_SIGN_FREQUENCY\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'adapterbay.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WEIGHTEDADAPTER']._serialized_start=44
-  _globals['_WEIGHTEDADAPTER']._serialized_end=94
-  _globals['_FUSION']._serialized_start=96
-  _globals['_FUSION']._serialized_end=154
-  _globals['_ADAPTERUSE']._serialized_start=156
-  _globals['_ADAPTERUSE']._serialized_end=250
-  _globals['_TIMINGS']._serialized_start=252
-  _globals['_TIMINGS']._serialized_end=355
-  _globals['_PROVENANCE']._serialized_start=358
-  _globals['_PROVENANCE']._serialized_end=504
-  _globals['_CHATMESSAGE']._serialized_start=506
-  _globals['_CHATMESSAGE']._serialized_end=550
-  _globals['_CONVERSATION']._serialized_start=552
-  _globals['_CONVERSATION']._serialized_end=612
+  _globals['_FUSIONMETHOD']._serialized_start=1212
+  _globals['_FUSIONMETHOD']._serialized_end=1583
+  _globals['_MAJORITYSIGN']._serialized_start=1585
+  _globals['_MAJORITYSIGN']._serialized_end=1684
+  _globals['_LAYERWEIGHT']._serialized_start=44
+  _globals['_LAYERWEIGHT']._serialized_end=89
+  _globals['_WEIGHTEDADAPTER']._serialized_start=91
+  _globals['_WEIGHTEDADAPTER']._serialized_end=192
+  _globals['_FUSION']._serialized_start=195
+  _globals['_FUSION']._serialized_end=440
+  _globals['_ADAPTERUSE']._serialized_start=443
+  _globals['_ADAPTERUSE']._serialized_end=588
+  _globals['_FUSIONUSE']._serialized_start=591
+  _globals['_FUSIONUSE']._serialized_end=805
+  _globals['_TIMINGS']._serialized_start=807
+  _globals['_TIMINGS']._serialized_end=910
+  _globals['_PROVENANCE']._serialized_start=913
+  _globals['_PROVENANCE']._serialized_end=1101
+  _globals['_CHATMESSAGE']._serialized_start=1103
+  _globals['_CHATMESSAGE']._serialized_end=1147
+  _globals['_CONVERSATION']._serialized_start=1149
+  _globals['_CONVERSATION']._serialized_end=1209
 # @@protoc_insertion_point(module_scope)

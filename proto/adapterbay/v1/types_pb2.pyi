@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,124 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _FusionMethod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FusionMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FusionMethod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FUSION_METHOD_UNSPECIFIED: _FusionMethod.ValueType  # 0
+    """LINEAR."""
+    FUSION_METHOD_LINEAR: _FusionMethod.ValueType  # 1
+    """The weighted sum, exactly: W + sum(weight_i * (W_i - W)). No merged weight is ever made. (PEFT's "linear" is
+    another thing: it sums A and B apart, with cross terms. What it calls "cat" is this sum.)
+    """
+    FUSION_METHOD_CAT: _FusionMethod.ValueType  # 2
+    """The weighted sum as one adapter, its rank the sum of the ranks."""
+    FUSION_METHOD_SVD: _FusionMethod.ValueType  # 3
+    """The best approximation of the weighted sum that has the rank asked for."""
+    FUSION_METHOD_TIES: _FusionMethod.ValueType  # 4
+    """TIES (arXiv:2306.01708) on A and on B: trims, elects signs, and takes the mean of what agrees. Needs equal ranks."""
+    FUSION_METHOD_TIES_SVD: _FusionMethod.ValueType  # 5
+    """TIES on the whole deltas, approximated by the rank asked for."""
+    FUSION_METHOD_DARE_LINEAR: _FusionMethod.ValueType  # 6
+    """DARE (arXiv:2311.03099) on A and on B: drops values at random and scales up the others. Needs equal ranks."""
+    FUSION_METHOD_DARE_TIES: _FusionMethod.ValueType  # 7
+    """DARE, then TIES' election of signs, on A and on B. Needs equal ranks."""
+    FUSION_METHOD_DARE_LINEAR_SVD: _FusionMethod.ValueType  # 8
+    """DARE on the whole deltas, approximated by the rank asked for."""
+    FUSION_METHOD_DARE_TIES_SVD: _FusionMethod.ValueType  # 9
+    """DARE and TIES on the whole deltas, approximated by the rank asked for."""
+    FUSION_METHOD_MAGNITUDE_PRUNE: _FusionMethod.ValueType  # 10
+    """Keeps the largest values of A and of B and sums them. Needs equal ranks."""
+    FUSION_METHOD_MAGNITUDE_PRUNE_SVD: _FusionMethod.ValueType  # 11
+    """Keeps the largest values of the whole deltas, their sum approximated by the rank asked for."""
+
+class FusionMethod(_FusionMethod, metaclass=_FusionMethodEnumTypeWrapper):
+    """How several adapters become one. All but LINEAR are for adapters that are low-rank deltas alone (LoRA and its kin),
+    and are the combination types of PEFT's add_weighted_adapter: computed once for a set of adapters, weights, settings.
+    """
+
+FUSION_METHOD_UNSPECIFIED: FusionMethod.ValueType  # 0
+"""LINEAR."""
+FUSION_METHOD_LINEAR: FusionMethod.ValueType  # 1
+"""The weighted sum, exactly: W + sum(weight_i * (W_i - W)). No merged weight is ever made. (PEFT's "linear" is
+another thing: it sums A and B apart, with cross terms. What it calls "cat" is this sum.)
+"""
+FUSION_METHOD_CAT: FusionMethod.ValueType  # 2
+"""The weighted sum as one adapter, its rank the sum of the ranks."""
+FUSION_METHOD_SVD: FusionMethod.ValueType  # 3
+"""The best approximation of the weighted sum that has the rank asked for."""
+FUSION_METHOD_TIES: FusionMethod.ValueType  # 4
+"""TIES (arXiv:2306.01708) on A and on B: trims, elects signs, and takes the mean of what agrees. Needs equal ranks."""
+FUSION_METHOD_TIES_SVD: FusionMethod.ValueType  # 5
+"""TIES on the whole deltas, approximated by the rank asked for."""
+FUSION_METHOD_DARE_LINEAR: FusionMethod.ValueType  # 6
+"""DARE (arXiv:2311.03099) on A and on B: drops values at random and scales up the others. Needs equal ranks."""
+FUSION_METHOD_DARE_TIES: FusionMethod.ValueType  # 7
+"""DARE, then TIES' election of signs, on A and on B. Needs equal ranks."""
+FUSION_METHOD_DARE_LINEAR_SVD: FusionMethod.ValueType  # 8
+"""DARE on the whole deltas, approximated by the rank asked for."""
+FUSION_METHOD_DARE_TIES_SVD: FusionMethod.ValueType  # 9
+"""DARE and TIES on the whole deltas, approximated by the rank asked for."""
+FUSION_METHOD_MAGNITUDE_PRUNE: FusionMethod.ValueType  # 10
+"""Keeps the largest values of A and of B and sums them. Needs equal ranks."""
+FUSION_METHOD_MAGNITUDE_PRUNE_SVD: FusionMethod.ValueType  # 11
+"""Keeps the largest values of the whole deltas, their sum approximated by the rank asked for."""
+Global___FusionMethod: _TypeAlias = FusionMethod  # noqa: Y015
+
+class _MajoritySign:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MajoritySignEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MajoritySign.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MAJORITY_SIGN_UNSPECIFIED: _MajoritySign.ValueType  # 0
+    """TOTAL."""
+    MAJORITY_SIGN_TOTAL: _MajoritySign.ValueType  # 1
+    """The sum of the adapters' values."""
+    MAJORITY_SIGN_FREQUENCY: _MajoritySign.ValueType  # 2
+    """The number of adapters with each sign."""
+
+class MajoritySign(_MajoritySign, metaclass=_MajoritySignEnumTypeWrapper):
+    """What elects the sign of a value in TIES."""
+
+MAJORITY_SIGN_UNSPECIFIED: MajoritySign.ValueType  # 0
+"""TOTAL."""
+MAJORITY_SIGN_TOTAL: MajoritySign.ValueType  # 1
+"""The sum of the adapters' values."""
+MAJORITY_SIGN_FREQUENCY: MajoritySign.ValueType  # 2
+"""The number of adapters with each sign."""
+Global___MajoritySign: _TypeAlias = MajoritySign  # noqa: Y015
+
+@_typing.final
+class LayerWeight(_message.Message):
+    """How strongly an adapter counts at some layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    layers: _builtins.str
+    """Which layers: names of a module's path with dots between them, which match where they follow each other, for
+    instance "q_proj", "layers.3" or "mlp.up_proj". "*" is any one name, "0-9" a number in this range: "layers.0-9".
+    """
+    weight: _builtins.float
+    """The factor at these layers, on top of the adapter's weight. May be zero or negative; must be finite."""
+    def __init__(
+        self,
+        *,
+        layers: _builtins.str = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerWeight: _TypeAlias = LayerWeight  # noqa: Y015
+
 @_typing.final
 class WeightedAdapter(_message.Message):
     """One adapter of a fusion and how strongly it counts."""
@@ -26,19 +145,25 @@ class WeightedAdapter(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
+    LAYER_WEIGHTS_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """An adapter reference: NAME, NAME@3, NAME@champion or NAME@sha256:HEX."""
     weight: _builtins.float
     """The factor on this adapter's delta. May be negative (task arithmetic); must be finite and not zero."""
+    @_builtins.property
+    def layer_weights(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerWeight]:
+        """Factors at some layers; the first entry that matches a layer counts, and 1 where none does. At most 256."""
+
     def __init__(
         self,
         *,
         adapter: _builtins.str = ...,
         weight: _builtins.float = ...,
+        layer_weights: _abc.Iterable[Global___LayerWeight] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "layer_weights", b"layer_weights", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -46,25 +171,58 @@ Global___WeightedAdapter: _TypeAlias = WeightedAdapter  # noqa: Y015
 
 @_typing.final
 class Fusion(_message.Message):
-    """Adapters applied as one: W + sum(weight_i * delta_i). No merged weight is ever made."""
+    """Adapters applied as one. One adapter with a weight is a scale on it. What a method does not use must not be set."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    DENSITY_FIELD_NUMBER: _builtins.int
+    MAJORITY_SIGN_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    method: Global___FusionMethod.ValueType
+    """How they become one."""
+    density: _builtins.float
+    """The share of values that is kept, above 0 and at most 1, for the methods that drop some. The default is 0.5."""
+    majority_sign: Global___MajoritySign.ValueType
+    """What elects signs, for the methods with TIES."""
+    rank: _builtins.int
+    """The rank of the result, at least 1, for the methods with SVD. The default is the largest rank of the adapters."""
+    seed: _builtins.int
+    """Which values DARE drops: the same seed, the same values. Below 2^63; the default is 0."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
-        """One entry for each adapter, at least one; an adapter may appear only once."""
+        """One entry for each adapter, at least one (two for a method other than LINEAR), at most 64; an adapter may appear
+        only once.
+        """
 
     def __init__(
         self,
         *,
         adapters: _abc.Iterable[Global___WeightedAdapter] | None = ...,
+        method: Global___FusionMethod.ValueType = ...,
+        density: _builtins.float | None = ...,
+        majority_sign: Global___MajoritySign.ValueType = ...,
+        rank: _builtins.int | None = ...,
+        seed: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "_rank", b"_rank", "_seed", b"_seed", "density", b"density", "rank", b"rank", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "_rank", b"_rank", "_seed", b"_seed", "adapters", b"adapters", "density", b"density", "majority_sign", b"majority_sign", "method", b"method", "rank", b"rank", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__density: _TypeAlias = _typing.Literal["density"]  # noqa: Y015
+    _WhichOneofArgType__density: _TypeAlias = _typing.Literal["_density", b"_density"]  # noqa: Y015
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__density) -> _WhichOneofReturnType__density | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
 Global___Fusion: _TypeAlias = Fusion  # noqa: Y015
 
@@ -79,6 +237,7 @@ class AdapterUse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
+    LAYER_WEIGHTS_FIELD_NUMBER: _builtins.int
     reference: _builtins.str
     """The reference exactly as the request gave it."""
     name: _builtins.str
@@ -89,6 +248,10 @@ class AdapterUse(_message.Message):
     """"sha256:" and 64 hex digits: the digest of the version's manifest."""
     weight: _builtins.float
     """The factor on this adapter's delta: 1 unless a fusion said otherwise."""
+    @_builtins.property
+    def layer_weights(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerWeight]:
+        """Factors at some layers, as the request gave them."""
+
     def __init__(
         self,
         *,
@@ -97,14 +260,68 @@ class AdapterUse(_message.Message):
         version: _builtins.int = ...,
         digest: _builtins.str = ...,
         weight: _builtins.float = ...,
+        layer_weights: _abc.Iterable[Global___LayerWeight] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "reference", b"reference", "version", b"version", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "layer_weights", b"layer_weights", "name", b"name", "reference", b"reference", "version", b"version", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AdapterUse: _TypeAlias = AdapterUse  # noqa: Y015
+
+@_typing.final
+class FusionUse(_message.Message):
+    """The adapter that was derived from the ones that took part."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    DENSITY_FIELD_NUMBER: _builtins.int
+    MAJORITY_SIGN_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """"fusion:sha256:" and 64 hex digits over the adapters' digests, their weights, the method and its settings."""
+    method: Global___FusionMethod.ValueType
+    """How they became one."""
+    density: _builtins.float
+    """The settings that the method used, defaults filled in; what it does not use is not set."""
+    majority_sign: Global___MajoritySign.ValueType
+    """What elected signs."""
+    rank: _builtins.int
+    """The rank asked for."""
+    seed: _builtins.int
+    """Which values DARE dropped."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        method: Global___FusionMethod.ValueType = ...,
+        density: _builtins.float | None = ...,
+        majority_sign: Global___MajoritySign.ValueType = ...,
+        rank: _builtins.int | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "_rank", b"_rank", "_seed", b"_seed", "density", b"density", "rank", b"rank", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_density", b"_density", "_rank", b"_rank", "_seed", b"_seed", "density", b"density", "digest", b"digest", "majority_sign", b"majority_sign", "method", b"method", "rank", b"rank", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__density: _TypeAlias = _typing.Literal["density"]  # noqa: Y015
+    _WhichOneofArgType__density: _TypeAlias = _typing.Literal["_density", b"_density"]  # noqa: Y015
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__density) -> _WhichOneofReturnType__density | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___FusionUse: _TypeAlias = FusionUse  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
@@ -150,6 +367,7 @@ class Provenance(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    FUSION_FIELD_NUMBER: _builtins.int
     base_fingerprint: _builtins.str
     """"sha256:" and 64 hex digits over the base's config, weights, tokenizer and chat template."""
     quantization: _builtins.str
@@ -162,6 +380,10 @@ class Provenance(_message.Message):
     def timings(self) -> Global___Timings:
         """Where the time went."""
 
+    @_builtins.property
+    def fusion(self) -> Global___FusionUse:
+        """How the adapters were fused, by any method but LINEAR."""
+
     def __init__(
         self,
         *,
@@ -169,10 +391,11 @@ class Provenance(_message.Message):
         adapters: _abc.Iterable[Global___AdapterUse] | None = ...,
         timings: Global___Timings | None = ...,
         quantization: _builtins.str = ...,
+        fusion: Global___FusionUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fusion", b"fusion", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "base_fingerprint", b"base_fingerprint", "quantization", b"quantization", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "base_fingerprint", b"base_fingerprint", "fusion", b"fusion", "quantization", b"quantization", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

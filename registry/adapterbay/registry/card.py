@@ -24,7 +24,9 @@ from adapterbay.registry.markdown import plain_text, without_private_path
 PIPELINES: Final = {
     "causal-lm": "text-generation",
     "sequence-classification": "text-classification",
+    "token-classification": "token-classification",
     "feature-extraction": "feature-extraction",
+    "seq2seq-lm": "text2text-generation",
 }
 """The Hub's name for each task (https://huggingface.co/docs/hub/models-tasks)."""
 

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from adapterbay.registry.manifest import Manifest
+from adapterbay.registry.admission.methods import METHODS
+from adapterbay.registry.manifest import HEAD_TASKS, Manifest, TaskName
 from adapterbay.registry.markdown import code, escaped, plain_text, table, without_private_path
 
 MARK: Final = "<!-- Made by adapterbay from the version's manifest. Remove this line to keep changes of your own. -->"
@@ -17,15 +18,19 @@ MAX_LABELS: Final = 50
 MAX_ROWS: Final = 80
 MAX_LABELS_IN_CODE: Final = 20
 
-_TASKS: Final = {
+_TASKS: Final[Mapping[TaskName, str]] = {
     "causal-lm": "that generates text",
     "sequence-classification": "that labels text",
+    "token-classification": "that labels words",
     "feature-extraction": "that turns text into vectors",
+    "seq2seq-lm": "that turns text into other text",
 }
-_CLASSES: Final = {
+_CLASSES: Final[Mapping[TaskName, str]] = {
     "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
     "feature-extraction": "AutoModel",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
 NOT_SETTINGS: Final = frozenset({"output", "overwrite", "threads"})
 """Settings that say where a run was, not what it computed."""
@@ -71,14 +76,11 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _head(manifest: Manifest, name: str, version: int | None) -> list[str]:
-    config = manifest.peft_config
-    method = (
-        "rsLoRA" if config.get("use_rslora") is True else "LoRA" if manifest.peft_type == "LORA" else manifest.peft_type
-    )
+    method = method_name(manifest)
     facts = [
         ("Task", escaped(manifest.task)),
         ("Labels", _labels(manifest.labels)),
-        ("Method", f"{escaped(method)}, rank {manifest.rank}, alpha {escaped(figure(config.get('lora_alpha', 8)))}"),
+        ("Method", _method_line(manifest, method)),
         ("Base", code(display_base(manifest))),
         ("Base fingerprint", code(manifest.base_fingerprint)),
         ("Digest", code(manifest.digest)),
@@ -96,12 +98,28 @@ def _head(manifest: Manifest, name: str, version: int | None) -> list[str]:
     ]
 
 
+def method_name(manifest: Manifest) -> str:
+    """What people call the method."""
+    if manifest.peft_type == "LORA" and manifest.peft_config.get("use_rslora") is True:
+        return "rsLoRA"
+    known = METHODS.get(manifest.peft_type)
+    return known.title if known else manifest.peft_type
+
+
+def _method_line(manifest: Manifest, method: str) -> str:
+    rank = f", rank {manifest.rank}" if manifest.rank else ""
+    alpha = manifest.peft_config.get("lora_alpha", 8) if manifest.peft_type == "LORA" else None
+    return escaped(method) + rank + (f", alpha {escaped(figure(alpha))}" if alpha is not None else "")
+
+
 def _labels(labels: Sequence[str]) -> str:
     shown = ", ".join(code(label, 80) for label in labels[:MAX_LABELS])
     return shown + (f" and {len(labels) - MAX_LABELS} more" if len(labels) > MAX_LABELS else "")
 
 
 def _peft_section(manifest: Manifest, name: str, version: int | None, base_id: str | None) -> list[str]:
+    if manifest.peft_type == "BOTTLENECK":
+        return ["PEFT has no bottleneck adapters: this one is a type of adapterbay's own, in a folder of PEFT's shape."]
     model_class = _CLASSES[manifest.task]
     imports = ["from peft import PeftModel", f"from transformers import {model_class}, AutoTokenizer"]
     scheme, _, target = manifest.base_reference.partition(":")
@@ -114,7 +132,7 @@ def _peft_section(manifest: Manifest, name: str, version: int | None, base_id: s
         imports.append("from adapterbay.registry import locate")
         setup = [f"base = locate({_literal(manifest.base_reference)}).folder"]
     extra = ""
-    if manifest.task == "sequence-classification":
+    if manifest.task in HEAD_TASKS:
         extra = f", num_labels={len(manifest.labels)}"
         if len(manifest.labels) <= MAX_LABELS_IN_CODE:
             pairs = ", ".join(f"{index}: {_literal(label)}" for index, label in enumerate(manifest.labels))

@@ -78,7 +78,8 @@ class WeightDistance:
 class VersionDiff:
     """`a` and `b` are digests. Lists hold what differs; `modules` and `heads` hold all, the farthest apart first.
 
-    `overall` takes the deltas of all modules together as one vector (heads are no deltas and are not in it).
+    `overall` takes the deltas of all modules together as one vector (heads are no deltas and are not in it). Where one
+    side has no LoRA deltas, `modules` are empty, `heads` are all tensors as they are stored, and `overall` is of those.
     `incomparable` are modules and heads whose shapes differ.
     """
 
@@ -108,6 +109,8 @@ class VersionDiff:
 def diff_versions(a: Snapshot, b: Snapshot) -> VersionDiff:
     """Compares two versions. Raises Rejected or UnsupportedMethod for weights that admission would refuse."""
     left, right = (Checkpoint.open(side.files[WEIGHTS_FILE], side.manifest.peft_config) for side in (a, b))
+    if not (left.factored and right.factored):
+        left, right = left.whole(), right.whole()
     modules, odd_modules = _module_distances(left, right)
     heads, odd_heads = _head_distances(left, right)
     return VersionDiff(
@@ -121,7 +124,7 @@ def diff_versions(a: Snapshot, b: Snapshot) -> VersionDiff:
         modules=_sorted(modules),
         heads=_sorted(heads),
         incomparable=(*odd_modules, *odd_heads),
-        overall=_overall(modules),
+        overall=_overall(modules or heads),
     )
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from adapterbay.registry.admission.lora_config import read_settings
+from adapterbay.registry.admission.lora_config import plain_settings
 from adapterbay.registry.backend import Backend
 from adapterbay.registry.base import BaseFiles, BaseReference, locate
 from adapterbay.registry.errors import BaseMismatch, InvalidArgument, MissingExtra, TaskMismatch
@@ -50,6 +50,7 @@ METHODS: Final = (
 `linear` sums A and B separately, with cross terms. TIES is arXiv:2306.01708, DARE arXiv:2311.03099.
 """
 
+MAJORITY_SIGNS: Final = ("total", "frequency")
 DEFAULT_DENSITY: Final = 0.5
 MAX_PARTS: Final = 64
 _VERSIONED: Final = ("adapterbay", "peft", "torch", "transformers")
@@ -98,13 +99,15 @@ class FusionSettings:
     """How parts are fused. What a method does not use must be None; `completed` fills in defaults.
 
     `density` is the share of values that are kept, 0 to 1; `rank` is that of the result (None: the largest of the
-    parts'); `seed` is that of the values that DARE drops.
+    parts'); `seed` is that of the values that DARE drops; `majority_sign` is what elects the sign of a value in TIES:
+    the sum of the parts' values ("total", as None is) or the number of parts ("frequency").
     """
 
     method: str = "cat"
     density: float | None = None
     rank: int | None = None
     seed: int | None = None
+    majority_sign: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -115,6 +118,7 @@ class FusionSettings:
             ("density", self.density, self.prunes),
             ("rank", self.rank, self.decomposes),
             ("seed", self.seed, self.drops_at_random),
+            ("majority_sign", self.majority_sign, self.elects_signs),
         ):
             if value is not None and not used:
                 raise InvalidArgument(f"The method {self.method} has no {name}: leave it out.", field=name)
@@ -124,6 +128,11 @@ class FusionSettings:
             raise InvalidArgument(f"rank is {self.rank}: it must be at least 1.", field="rank")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise InvalidArgument(f"seed is {self.seed}: it must be 0 or more, and fit 63 bits.", field="seed")
+        if self.majority_sign not in (None, *MAJORITY_SIGNS):
+            raise InvalidArgument(
+                f"majority_sign is {self.majority_sign[:60]!r}: it must be {' or '.join(MAJORITY_SIGNS)}.",
+                field="majority_sign",
+            )
 
     @property
     def prunes(self) -> bool:
@@ -141,15 +150,21 @@ class FusionSettings:
         return self.method.endswith("svd")
 
     @property
+    def elects_signs(self) -> bool:
+        """Whether values whose sign is not that of the majority are left out."""
+        return "ties" in self.method
+
+    @property
     def needs_equal_ranks(self) -> bool:
         """Whether A and B are combined value by value."""
         return self.method != "cat" and not self.decomposes
 
     def completed(self) -> FusionSettings:
-        """With the defaults of what was left open: density 0.5, seed 0."""
+        """With the defaults of what was left open: density 0.5, seed 0; a majority_sign that is the default is None."""
         density = DEFAULT_DENSITY if self.density is None and self.prunes else self.density
         seed = 0 if self.seed is None and self.drops_at_random else self.seed
-        return FusionSettings(self.method, density, self.rank, seed)
+        sign = None if self.majority_sign == MAJORITY_SIGNS[0] else self.majority_sign
+        return FusionSettings(self.method, density, self.rank, seed, sign)
 
 
 class Fuser(Protocol):
@@ -315,8 +330,8 @@ def _shown(labels: Sequence[str]) -> str:
 
 
 def _peft_rank(manifest: Manifest) -> int:
-    """The rank that PEFT compares: the largest that the config names."""
-    settings = read_settings(manifest.peft_config)
+    """The rank that PEFT compares: the largest that the config names. Raises UnsupportedMethod unless it is LoRA."""
+    settings = plain_settings(manifest.peft_config)
     return max([settings.r, *settings.rank_pattern.values()])
 
 
@@ -330,8 +345,8 @@ def _record(parts: Sequence[Part], settings: FusionSettings, base_reference: str
         "weights": [part.weight for part in parts],
         **{
             key: value
-            for key, value in (("density", settings.density), ("rank", settings.rank), ("seed", settings.seed))
-            if value is not None
+            for key in ("density", "rank", "seed", "majority_sign")
+            if (value := getattr(settings, key)) is not None
         },
     }
     record: dict[str, Any] = {

@@ -74,7 +74,8 @@ def version_lines(node: LineageNode, *, libraries: bool = True) -> list[str]:
     details = node.details
     method = "LoRA" if details.get("method") == "LORA" else str(details.get("method"))
     alpha = f", alpha {figure(details['alpha'])}" if details.get("alpha") is not None else ""
-    lines = [node.title, short(node.id), f"{method} rank {details.get('rank')}{alpha}, {details.get('task')}"]
+    rank = f" rank {details['rank']}" if details.get("rank") else ""
+    lines = [node.title, short(node.id), f"{method}{rank}{alpha}, {details.get('task')}"]
     fusion = details.get("fusion")
     if isinstance(fusion, Mapping):
         kept = {key: value for key, value in fusion.items() if key not in ("parents", "weights", "method")}

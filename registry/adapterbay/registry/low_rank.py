@@ -19,17 +19,30 @@ from typing import Any, BinaryIO, Final, cast
 import numpy as np
 import numpy.typing as npt
 
-from adapterbay.registry.admission.lora_config import read_settings
-from adapterbay.registry.admission.lora_tensors import PREFIX
+from adapterbay.registry.admission.lora_config import LoraSettings, plain_settings
+from adapterbay.registry.admission.peft_fields import read_method
+from adapterbay.registry.admission.report import PREFIX
 from adapterbay.registry.admission.safetensors_file import Header, TensorInfo, open_source, read_header
-from adapterbay.registry.errors import Rejected
+from adapterbay.registry.admission.tensor_values import FLOAT_DTYPES
+from adapterbay.registry.errors import Rejected, UnsupportedMethod
 from adapterbay.registry.manifest import WEIGHTS_FILE
 
 Array = npt.NDArray[np.float64]
 
 _A_SUFFIX: Final = ".lora_A.weight"
 _B_SUFFIX: Final = ".lora_B.weight"
-_DTYPES: Final = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+_DTYPES: Final = {
+    "F16": "<f2",
+    "F32": "<f4",
+    "F64": "<f8",
+    "I8": "<i1",
+    "I16": "<i2",
+    "I32": "<i4",
+    "I64": "<i8",
+    "U8": "<u1",
+    "U16": "<u2",
+    "U32": "<u4",
+}
 _CANCELLED: Final = 1e-7
 """Below this share of ‖ΔW₁‖² + ‖ΔW₂‖², float64 leaves fewer than nine digits of the squared distance."""
 
@@ -52,30 +65,43 @@ class LowRank:
 class Checkpoint:
     """The tensors of a LoRA checkpoint by header; values are read one module at a time.
 
-    `scalings` maps a module to the factor of its B A; `dense` are the keys of whole layers, such as a head's.
+    `scalings` maps a module to the factor of its B A; `dense` maps the names of whole tensors to their keys: those of
+    heads, and all of a method whose tensors are no factors of a delta, or not alone.
     """
 
     path: Path
     header: Header
     scalings: Mapping[str, float]
-    dense: tuple[str, ...]
+    dense: Mapping[str, str]
 
     @classmethod
     def open(cls, path: Path, config: Mapping[str, Any]) -> Checkpoint:
         """Reads the header and the settings. Raises Rejected or UnsupportedMethod as admission does."""
-        settings = read_settings(config)
+        settings = _factors_of(config)
         header = read_header(path, WEIGHTS_FILE)
         scalings: dict[str, float] = {}
-        dense: list[str] = []
-        for key, tensor in header.tensors.items():
+        dense: dict[str, str] = {}
+        for key, tensor in sorted(header.tensors.items()):
             name = key.removeprefix(PREFIX)
-            if name.endswith(_A_SUFFIX):
+            if settings is None:
+                dense[name] = key
+            elif name.endswith(_A_SUFFIX):
                 module = name.removesuffix(_A_SUFFIX)
                 _check_pair(header, key, tensor)
                 scalings[module] = settings.scaling_of(module, tensor.shape[0])
             elif not name.endswith(_B_SUFFIX):
-                dense.append(name)
-        return cls(path, header, scalings, tuple(sorted(dense)))
+                dense[name] = key
+        return cls(path, header, scalings, dense)
+
+    @property
+    def factored(self) -> bool:
+        """Whether A and B are all that changes the base."""
+        return not any(name.endswith((_A_SUFFIX, _B_SUFFIX)) for name in self.dense) and bool(self.scalings)
+
+    def whole(self) -> Checkpoint:
+        """The same with every tensor as it is stored."""
+        names = {key.removeprefix(PREFIX): key for key in sorted(self.header.tensors)}
+        return Checkpoint(self.path, self.header, {}, names)
 
     def factors(self, module: str) -> LowRank:
         """The delta of a module."""
@@ -86,14 +112,26 @@ class Checkpoint:
     def tensor(self, name: str) -> Array:
         """A dense tensor by its name without PEFT's prefix."""
         with open_source(self.path) as file:
-            return self._read(file, f"{PREFIX}{name}")
+            return self._read(file, self.dense[name])
 
     def _read(self, file: BinaryIO, key: str) -> Array:
         return read_values(file, self.header.tensors[key])
 
 
+def _factors_of(config: Mapping[str, Any]) -> LoraSettings | None:
+    """The settings of an adapter that is scaling · B A; None for any other. Raises as admission does."""
+    read_method(config)
+    try:
+        return plain_settings(config)
+    except UnsupportedMethod:
+        return None
+
+
 def _check_pair(header: Header, key: str, a: TensorInfo) -> None:
     b = header.tensors.get(key.removesuffix(_A_SUFFIX) + _B_SUFFIX)
+    for tensor in (a, b) if b else (a,):
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise Rejected(f"The tensor {tensor.name} has the dtype {tensor.dtype}.", reason="UNSUPPORTED_DTYPE")
     if b is None or len(a.shape) != 2 or len(b.shape) != 2 or b.shape[1] != a.shape[0]:
         raise Rejected(f"{key[:200]} has no lora_B that fits it.", reason="SHAPE_MISMATCH")
 

@@ -23,7 +23,9 @@ WEIGHTS_FILE: Final = "adapter_model.safetensors"
 TRAINING_FILE: Final = "training.json"
 README_FILE: Final = "README.md"
 
-TaskName = Literal["causal-lm", "sequence-classification", "feature-extraction"]
+TaskName = Literal["causal-lm", "sequence-classification", "token-classification", "feature-extraction", "seq2seq-lm"]
+HEAD_TASKS: Final = frozenset({"sequence-classification", "token-classification"})
+"""Tasks whose adapters have a head and labels."""
 
 MAX_BYTES: Final = 32 * 2**20
 MAX_VALUES: Final = 1_000_000

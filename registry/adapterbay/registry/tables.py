@@ -30,6 +30,11 @@ def write_table(table: Table) -> None:
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL).print(table)
 
 
+def method_text(peft_type: str, rank: int, between: str) -> str:
+    """A method and its rank, if it has one."""
+    return f"{peft_type}{between}{rank}" if rank else peft_type
+
+
 def adapter_table(adapters: Iterable[AdapterSummary]) -> Table:
     """One row per adapter."""
     table = Table("Name", "Version", "Aliases", "Task", "Method", "Size", "Pushed (UTC)")
@@ -39,7 +44,7 @@ def adapter_table(adapters: Iterable[AdapterSummary]) -> Table:
             str(adapter.version),
             ", ".join(f"{alias} → {version}" for alias, version in adapter.alias_versions.items()),
             adapter.task,
-            f"{adapter.peft_type} {adapter.rank}",
+            method_text(adapter.peft_type, adapter.rank, " "),
             size(adapter.size_bytes),
             adapter.created_at.strftime("%Y-%m-%d %H:%M"),
         )
@@ -109,7 +114,7 @@ def version_lines(version: VersionRecord, manifest: Manifest) -> list[str]:
         "aliases": ", ".join(version.aliases) or "none",
         "pushed": version.created_at.isoformat(timespec="seconds"),
         "task": version.task,
-        "method": f"{version.peft_type}, rank {version.rank}",
+        "method": method_text(version.peft_type, version.rank, ", rank "),
         "labels": ", ".join(version.labels) or "none",
         "base": version.base_reference,
         "base fingerprint": version.base_fingerprint,

@@ -21,6 +21,7 @@ from adapterbay.client.errors import (
     ServerError,
     UnavailableError,
 )
+from adapterbay.client.fusion import Fusion, WeightedAdapter
 from adapterbay.client.retry import RetryPolicy
 from adapterbay.client.selection import Selection
 from adapterbay.client.sync import Client
@@ -35,6 +36,7 @@ from adapterbay.client.types import (
     ComparisonAnswer,
     Embeddings,
     EmbeddingVector,
+    FusionUse,
     Generation,
     GenerationPiece,
     LabelScore,
@@ -42,6 +44,9 @@ from adapterbay.client.types import (
     PositionLogProbabilities,
     Provenance,
     Timings,
+    TokenClassification,
+    TokenClassifications,
+    TokenLabel,
     TokenLogProbability,
     UnloadedAdapter,
 )
@@ -65,6 +70,8 @@ __all__ = [
     "EmbeddingVector",
     "Embeddings",
     "FailedPreconditionError",
+    "Fusion",
+    "FusionUse",
     "Generation",
     "GenerationPiece",
     "InternalError",
@@ -79,7 +86,11 @@ __all__ = [
     "Selection",
     "ServerError",
     "Timings",
+    "TokenClassification",
+    "TokenClassifications",
+    "TokenLabel",
     "TokenLogProbability",
     "UnavailableError",
     "UnloadedAdapter",
+    "WeightedAdapter",
 ]

@@ -81,6 +81,19 @@ class AsyncClient:
         request = requests.classify(texts, truncate=truncate, **selection)
         return responses.classifications(await self._unary(self._inference.Classify, request, timeout))
 
+    async def classify_tokens(
+        self,
+        texts: Sequence[str],
+        *,
+        truncate: bool = False,
+        scores: bool = False,
+        timeout: float | None = None,
+        **selection: Unpack[SelectionOptions],
+    ) -> types.TokenClassifications:
+        """Labels each token of texts with the head that the adapter brings; `scores` asks for all labels."""
+        request = requests.classify_tokens(texts, truncate=truncate, scores=scores, **selection)
+        return responses.token_classifications(await self._unary(self._inference.ClassifyTokens, request, timeout))
+
     async def embed(
         self,
         texts: Sequence[str],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
+from adapterbay.client.fusion import FusionLike
 from adapterbay.client.selection import Selection
 from adapterbay.v1 import inference_pb2, types_pb2
 
@@ -21,7 +22,7 @@ class SelectionOptions(TypedDict, total=False):
     """What should answer; exactly one."""
 
     adapter: str | None
-    fusion: Mapping[str, float] | None
+    fusion: FusionLike | None
     base: bool
 
 
@@ -84,7 +85,7 @@ def generate(
     *,
     messages: Messages | None = None,
     adapter: str | None = None,
-    fusion: Mapping[str, float] | None = None,
+    fusion: FusionLike | None = None,
     base: bool = False,
     log_probabilities: int | None = None,
     max_tokens: int | None = None,
@@ -133,7 +134,7 @@ def classify(
     texts: Sequence[str],
     *,
     adapter: str | None = None,
-    fusion: Mapping[str, float] | None = None,
+    fusion: FusionLike | None = None,
     base: bool = False,
     truncate: bool = False,
 ) -> inference_pb2.ClassifyRequest:
@@ -142,11 +143,27 @@ def classify(
     return inference_pb2.ClassifyRequest(**selection.fields(), texts=_texts(texts), truncate=truncate)
 
 
+def classify_tokens(
+    texts: Sequence[str],
+    *,
+    adapter: str | None = None,
+    fusion: FusionLike | None = None,
+    base: bool = False,
+    truncate: bool = False,
+    scores: bool = False,
+) -> inference_pb2.ClassifyTokensRequest:
+    """A ClassifyTokensRequest."""
+    selection = Selection(adapter, fusion, base)
+    return inference_pb2.ClassifyTokensRequest(
+        **selection.fields(), texts=_texts(texts), truncate=truncate, scores=scores
+    )
+
+
 def embed(
     texts: Sequence[str],
     *,
     adapter: str | None = None,
-    fusion: Mapping[str, float] | None = None,
+    fusion: FusionLike | None = None,
     base: bool = False,
     pooling: str = "mean",
     normalize: bool = False,

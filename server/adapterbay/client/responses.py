@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import UTC
 
+from adapterbay.client.fusion import method_of, sign_of
 from adapterbay.client.types import (
     AdapterChange,
     AdapterInfo,
@@ -16,6 +17,7 @@ from adapterbay.client.types import (
     ComparisonAnswer,
     Embeddings,
     EmbeddingVector,
+    FusionUse,
     Generation,
     GenerationPiece,
     LabelScore,
@@ -23,6 +25,9 @@ from adapterbay.client.types import (
     PositionLogProbabilities,
     Provenance,
     Timings,
+    TokenClassification,
+    TokenClassifications,
+    TokenLabel,
     TokenLogProbability,
     UnloadedAdapter,
 )
@@ -38,7 +43,15 @@ def provenance(message: types_pb2.Provenance) -> Provenance:
     return Provenance(
         base_fingerprint=message.base_fingerprint,
         adapters=tuple(
-            AdapterUse(use.reference, use.name, use.version, use.digest, use.weight) for use in message.adapters
+            AdapterUse(
+                use.reference,
+                use.name,
+                use.version,
+                use.digest,
+                use.weight,
+                {rule.layers: rule.weight for rule in use.layer_weights},
+            )
+            for use in message.adapters
         ),
         quantization=message.quantization,
         timings=Timings(
@@ -47,6 +60,18 @@ def provenance(message: types_pb2.Provenance) -> Provenance:
             prefill=message.timings.prefill_seconds,
             decode=message.timings.decode_seconds,
         ),
+        fusion=_fusion(message.fusion) if message.HasField("fusion") else None,
+    )
+
+
+def _fusion(message: types_pb2.FusionUse) -> FusionUse:
+    return FusionUse(
+        digest=message.digest,
+        method=method_of(message.method),
+        density=message.density if message.HasField("density") else None,
+        majority_sign=sign_of(message.majority_sign),
+        rank=message.rank if message.HasField("rank") else None,
+        seed=message.seed if message.HasField("seed") else None,
     )
 
 
@@ -90,12 +115,16 @@ def piece(message: inference_pb2.GenerateStreamResponse) -> GenerationPiece:
     )
 
 
+def _scores(messages: Iterable[inference_pb2.LabelScore]) -> tuple[LabelScore, ...]:
+    return tuple(LabelScore(score.label, score.probability, score.logit) for score in messages)
+
+
 def classification(message: inference_pb2.Classification) -> Classification:
     """A text's label."""
     return Classification(
         label=message.label,
         index=message.index,
-        scores=tuple(LabelScore(score.label, score.probability, score.logit) for score in message.scores),
+        scores=_scores(message.scores),
         tokens=message.tokens,
         truncated=message.truncated,
     )
@@ -105,6 +134,32 @@ def classifications(message: inference_pb2.ClassifyResponse) -> Classifications:
     """Labels, in the order of the texts."""
     return Classifications(
         tuple(classification(entry) for entry in message.classifications), provenance(message.provenance)
+    )
+
+
+def token_classifications(message: inference_pb2.ClassifyTokensResponse) -> TokenClassifications:
+    """Labels of tokens, in the order of the texts."""
+    return TokenClassifications(
+        tuple(
+            TokenClassification(
+                tuple(
+                    TokenLabel(
+                        label.begin,
+                        label.end,
+                        label.token,
+                        label.label,
+                        label.index,
+                        label.probability,
+                        _scores(label.scores),
+                    )
+                    for label in entry.labels
+                ),
+                entry.tokens,
+                entry.truncated,
+            )
+            for entry in message.classifications
+        ),
+        provenance(message.provenance),
     )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
+from adapterbay.client.fusion import Fusion, FusionLike, is_fusion
 from adapterbay.v1 import types_pb2
 
 
@@ -19,13 +19,14 @@ class SelectionFields(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Exactly one of: an adapter reference, a fusion {reference: weight}, the base alone.
+    """Exactly one of: an adapter reference, a fusion, the base alone.
 
+    A fusion is a `Fusion`, {reference: weight} or a text such as `a:0.7+b:-0.3`; one adapter with a weight is a scale.
     Nothing is selected by default: an answer never comes from the base unless it was asked for.
     """
 
     adapter: str | None = None
-    fusion: Mapping[str, float] | None = None
+    fusion: FusionLike | None = None
     base: bool = False
 
     def __post_init__(self) -> None:
@@ -34,19 +35,23 @@ class Selection:
             raise ValueError(
                 "Say what should answer by exactly one of adapter='NAME', fusion={'NAME': weight} and base=True."
             )
+        if self.fusion is not None:
+            object.__setattr__(self, "fusion", Fusion.of(self.fusion))
 
     def fields(self) -> SelectionFields:
         """For the constructor of any message with the `selection` oneof."""
         if self.adapter is not None:
             return {"adapter": self.adapter}
         if self.fusion is not None:
-            entries = [
-                types_pb2.WeightedAdapter(adapter=reference, weight=weight) for reference, weight in self.fusion.items()
-            ]
-            return {"fusion": types_pb2.Fusion(adapters=entries)}
+            return {"fusion": Fusion.of(self.fusion).message()}
         return {"base": True}
 
     @classmethod
     def of(cls, arm: Selection | str) -> Selection:
-        """An arm of a comparison: a string is an adapter reference."""
-        return cls(adapter=arm) if isinstance(arm, str) else arm
+        """An arm of a comparison: a string is what `parse` reads."""
+        return cls.parse(arm) if isinstance(arm, str) else arm
+
+    @classmethod
+    def parse(cls, text: str) -> Selection:
+        """An adapter reference, or a fusion's text, such as `sentiment:0.5`. Raises ValueError."""
+        return cls(fusion=Fusion.parse(text)) if is_fusion(text) else cls(adapter=text)

@@ -86,6 +86,19 @@ class Client:
         request = requests.classify(texts, truncate=truncate, **selection)
         return responses.classifications(self._unary(self._inference.Classify, request, timeout))
 
+    def classify_tokens(
+        self,
+        texts: Sequence[str],
+        *,
+        truncate: bool = False,
+        scores: bool = False,
+        timeout: float | None = None,
+        **selection: Unpack[SelectionOptions],
+    ) -> types.TokenClassifications:
+        """Labels each token of texts with the head that the adapter brings; `scores` asks for all labels."""
+        request = requests.classify_tokens(texts, truncate=truncate, scores=scores, **selection)
+        return responses.token_classifications(self._unary(self._inference.ClassifyTokens, request, timeout))
+
     def embed(
         self,
         texts: Sequence[str],

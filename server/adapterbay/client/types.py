@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import overload
 
@@ -27,6 +27,19 @@ class AdapterUse:
     version: int
     digest: str
     weight: float
+    layer_weights: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FusionUse:
+    """How the adapters of an answer were fused, by another method than the weighted sum."""
+
+    digest: str
+    method: str
+    density: float | None
+    majority_sign: str | None
+    rank: int | None
+    seed: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +50,7 @@ class Provenance:
     adapters: tuple[AdapterUse, ...]
     quantization: str
     timings: Timings
+    fusion: FusionUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +133,49 @@ class Classifications(Sequence[Classification]):
     @overload
     def __getitem__(self, index: slice) -> tuple[Classification, ...]: ...
     def __getitem__(self, index: int | slice) -> Classification | tuple[Classification, ...]:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLabel:
+    """One token of a text, [begin, end) in code points, and its likeliest label. `scores` only if asked for."""
+
+    begin: int
+    end: int
+    token: str
+    label: str
+    index: int
+    probability: float
+    scores: tuple[LabelScore, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenClassification:
+    """A text's tokens in their order, special tokens left out; `tokens` counts those, too."""
+
+    labels: tuple[TokenLabel, ...]
+    tokens: int
+    truncated: bool
+
+    def __iter__(self) -> Iterator[TokenLabel]:
+        return iter(self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenClassifications(Sequence[TokenClassification]):
+    """One entry for each text, in order: a sequence, with the provenance beside it."""
+
+    items: tuple[TokenClassification, ...]
+    provenance: Provenance
+
+    @overload
+    def __getitem__(self, index: int) -> TokenClassification: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TokenClassification, ...]: ...
+    def __getitem__(self, index: int | slice) -> TokenClassification | tuple[TokenClassification, ...]:
         return self.items[index]
 
     def __len__(self) -> int:

@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from adapterbay.registry.errors import InvalidArgument
 from adapterbay.server.config import ServerConfig
 from adapterbay.server.engine import Engine
+from adapterbay.server.metrics import MetricsServer
 from adapterbay.server.services import AdapterService, InferenceService
 from adapterbay.server.services.interceptor import CallInterceptor, Gate, LateServices, Phase
 from adapterbay.server.watch import AdapterFeed
@@ -61,6 +62,7 @@ class Serving:
     engine: Engine
     host: str
     port: int
+    metrics_port: int | None = None
 
 
 async def serve(
@@ -101,10 +103,13 @@ class Server:
             handlers=[self._services], interceptors=[CallInterceptor(self._gate)], options=OPTIONS
         )
         self._port = 0
+        self._metrics: MetricsServer | None = None
 
     async def open_port(self) -> None:
-        """Binds the port and answers health (NOT_SERVING) and reflection."""
+        """Binds the ports and answers health (NOT_SERVING) and reflection."""
         self._port = _bind(self._server, self._config.host, self._config.port)
+        if self._config.metrics_port is not None:
+            self._metrics = MetricsServer(self._config.metrics_host, self._config.metrics_port)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         health_pb2_grpc.add_HealthServicer_to_server(self._probes, self._server)
         reflection.enable_server_reflection(names, self._server)
@@ -122,7 +127,9 @@ class Server:
                 adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(engine, feed), late)
                 self._gate.phase = Phase.SERVING
                 await self._report(health_pb2.HealthCheckResponse.SERVING)
-                yield Serving(engine=engine, host=self._config.host, port=self._port)
+                with self._shown(engine):
+                    metrics_port = self._metrics.port if self._metrics is not None else None
+                    yield Serving(engine=engine, host=self._config.host, port=self._port, metrics_port=metrics_port)
                 self._gate.phase = Phase.DRAINING
             # Answers on their way out get a moment; what is left is cancelled, which frees its rows.
             await self._server.stop(grace=0.5)
@@ -142,6 +149,17 @@ class Server:
     async def close(self) -> None:
         """Ends everything. Works in every phase."""
         await self._server.stop(grace=None)
+        if self._metrics is not None:
+            await _on_daemon_thread(self._metrics.close)
+
+    @contextlib.contextmanager
+    def _shown(self, engine: Engine) -> Iterator[None]:
+        """Metrics tell of the engine inside the block."""
+        hide = self._metrics.show(engine, self._gate.ended) if self._metrics is not None else lambda: None
+        try:
+            yield
+        finally:
+            hide()
 
     async def _report(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in (OVERALL, *SERVICES):

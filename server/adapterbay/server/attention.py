@@ -10,20 +10,31 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapterbay.registry.errors import UnsupportedMethod
-from adapterbay.server.kv import BLOCK_TOKENS, BlockPool, LayerShape
+from adapterbay.server.adapters.forms import Prefix
+from adapterbay.server.blocks import BLOCK_TOKENS
+from adapterbay.server.kv import BlockPool, LayerShape
+from adapterbay.server.mix.context import step_context
 
 NAME = "adapterbay"
 """The name under which `attend` is registered with transformers."""
 
 HARMLESS = frozenset(
-    {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal", "cache_position"}
+    {
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "is_causal",
+        "cache_position",
+    }
 )
 """Keyword arguments that models pass along and that do not change what attention computes here."""
 
@@ -32,12 +43,14 @@ HARMLESS = frozenset(
 class Segment:
     """A prefilling row: its new tokens [start, stop) of the step, and where all its tokens so far lie in the cache.
 
-    `slots` is None when the row has no earlier tokens: its own keys are all there is.
+    `slots` is None when the row has no earlier tokens: its own keys are all there is. Where there is no cache,
+    `prefix` stands before them.
     """
 
     start: int
     stop: int
     slots: Tensor | None
+    prefix: Prefix | None = None
 
 
 @dataclass(slots=True)
@@ -53,6 +66,8 @@ class AttentionPlan:
     write_slots: Tensor | None = None  # [writes], where to; None: nothing is written
     pool: BlockPool | None = None
     probe: list[tuple[int, LayerShape]] | None = None  # filled by a probing step: (layer index, its shape)
+    sources: AttentionPlan | None = None  # of an encoder-decoder: who looks at which row's text
+    biases: dict[int, Tensor] = field(default_factory=dict)  # by segment start, -1 for decoding rows; see `relative`
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -68,6 +83,25 @@ class AttentionPlan:
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
             mask = self._masks[window] = mask[:, None, None, :]
         return mask
+
+
+class Relative(Protocol):
+    """A bias on scores that depends on the distance between key and query (T5)."""
+
+    def __call__(self, key_at: Tensor, query_at: Tensor) -> Tensor:
+        """For positions that broadcast to [..., queries, keys]: [..., heads, queries, keys]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How scores come about: scale · q kᵀ, then c · tanh(score / c) with a `softcap` c (Gemma 2), then the bias of
+    `relative`. `window`: a query sees so many keys."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    relative: Relative | None
 
 
 class _Current(threading.local):
@@ -93,15 +127,17 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    relative: Relative | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Returns [1, tokens, heads, value size]."""
+    """Returns [1, tokens, heads, value size]. `Scoring` says what the settings mean."""
     plan = current.plan
     if plan is None:
         raise RuntimeError("attention was called outside a step")
     layer: int = getattr(module, "layer_idx", 0) or 0
     if plan.probe is not None:
-        _refuse_unknown(module, attention_mask, dropout, others)
+        _refuse_unknown(module, plan.causal, attention_mask, dropout, others)
         plan.probe.append((layer, LayerShape(key.shape[1], key.shape[3], value.shape[3])))
     q, k, v = query[0], key[0], value[0]
     if plan.write_slots is not None:
@@ -111,16 +147,18 @@ def attend(
             new_k, new_v = new_k[plan.write_tokens], new_v[plan.write_tokens]
         plan.pool.keys[layer].index_copy_(0, plan.write_slots, new_k)
         plan.pool.values[layer].index_copy_(0, plan.write_slots, new_v)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, relative)
     out = q.new_empty(1, q.shape[1], q.shape[0], v.shape[2])
     if plan.decode_rows:
-        out[0, : plan.decode_rows] = _decode(plan, layer, q, scale, sliding_window)
+        out[0, : plan.decode_rows] = _decode(plan, layer, q, scoring)
     for segment in plan.segments:
-        out[0, segment.start : segment.stop] = _prefill(plan, layer, segment, q, k, v, scale, sliding_window)
+        out[0, segment.start : segment.stop] = _prefill(plan, layer, segment, q, k, v, scoring)
+    if step_context.prompts is not None and step_context.mix is not None:
+        step_context.prompts.add_to(out[0], q, step_context.mix, layer, f"layers.{layer}.self_attn")
     return out, None
 
 
-def _decode(plan: AttentionPlan, layer: int, q: Tensor, scale: float, window: int | None) -> Tensor:
+def _decode(plan: AttentionPlan, layer: int, q: Tensor, scoring: Scoring) -> Tensor:
     """[decode rows, heads, value size]. The heads that share a key head stand in as its queries: no key is repeated."""
     assert plan.pool is not None
     assert plan.block_table is not None
@@ -133,27 +171,46 @@ def _decode(plan: AttentionPlan, layer: int, q: Tensor, scale: float, window: in
     v = v.view(rows, blocks * BLOCK_TOKENS, *values.shape[1:]).transpose(1, 2)
     heads, kv_heads = q.shape[0], keys.shape[1]
     grouped = q[:, :rows].transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, q.shape[2])
-    mask = plan.decode_mask(window, q.dtype).expand(-1, 1, heads // kv_heads, -1)
-    attended = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    mask = plan.decode_mask(scoring.window, q.dtype).expand(-1, 1, heads // kv_heads, -1)
+    if scoring.relative is not None:
+        mask = mask + _decode_bias(plan, scoring.relative, k.shape[2]).view(rows, kv_heads, heads // kv_heads, -1)
+    if scoring.softcap is None:
+        attended = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scoring.scale)
+    else:
+        attended = _capped(grouped, k, v, mask, scoring.scale, scoring.softcap)
     return attended.reshape(rows, heads, v.shape[3])
 
 
+def _decode_bias(plan: AttentionPlan, relative: Relative, keys: int) -> Tensor:
+    """[decode rows, heads, 1, keys], made once for all layers."""
+    bias = plan.biases.get(-1)
+    if bias is None:
+        assert plan.lengths is not None
+        key_at = torch.arange(keys, device=plan.lengths.device)
+        bias = plan.biases[-1] = relative(key_at, plan.lengths[:, None, None] - 1)
+    return bias
+
+
 def _prefill(
-    plan: AttentionPlan, layer: int, segment: Segment, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    plan: AttentionPlan, layer: int, segment: Segment, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
 ) -> Tensor:
     """[new tokens, heads, value size] of one row."""
     new = segment.stop - segment.start
     row_q = q[:, segment.start : segment.stop]
     if segment.slots is None:
         row_k, row_v = k[:, segment.start : segment.stop], v[:, segment.start : segment.stop]
+        if segment.prefix is not None:
+            row_k = torch.cat([segment.prefix.keys[layer].to(k).transpose(0, 1), row_k], 1)
+            row_v = torch.cat([segment.prefix.values[layer].to(v).transpose(0, 1), row_v], 1)
     else:
         assert plan.pool is not None
         row_k = plan.pool.keys[layer].index_select(0, segment.slots).transpose(0, 1)
         row_v = plan.pool.values[layer].index_select(0, segment.slots).transpose(0, 1)
-    total = row_k.shape[1]
+    total, window = row_k.shape[1], scoring.window
     mask = None
     whole = plan.causal and total == new
-    if (plan.causal and not whole) or (window is not None and total > window):
+    biased = scoring.softcap is not None or scoring.relative is not None
+    if (plan.causal and not whole) or (window is not None and total > window) or (plan.causal and biased):
         query_at = torch.arange(total - new, total, device=q.device)[:, None]
         key_at = torch.arange(total, device=q.device)[None, :]
         seen = key_at <= query_at if plan.causal else torch.ones_like(key_at <= query_at)
@@ -162,21 +219,68 @@ def _prefill(
             if not plan.causal:
                 seen = seen & (key_at < query_at + window)
         mask = seen[None, None]
+    if biased:
+        mask = _prefill_bias(plan, segment, scoring.relative, new, total, mask, q)
+    if scoring.softcap is not None:
+        groups = row_q.shape[0] // row_k.shape[0]
+        k_all, v_all = row_k.repeat_interleave(groups, 0), row_v.repeat_interleave(groups, 0)
+        capped = _capped(row_q[None], k_all[None], v_all[None], mask, scoring.scale, scoring.softcap)
+        return capped[0].transpose(0, 1)
     attended = F.scaled_dot_product_attention(
         row_q[None],
         row_k[None],
         row_v[None],
         attn_mask=mask,
         is_causal=whole and mask is None,
-        scale=scale,
+        scale=scoring.scale,
         enable_gqa=row_k.shape[0] != row_q.shape[0],
     )
     return attended[0].transpose(0, 1)
 
 
-def _refuse_unknown(module: nn.Module, mask: Tensor | None, dropout: float, others: dict[str, Any]) -> None:
+def _prefill_bias(
+    plan: AttentionPlan,
+    segment: Segment,
+    relative: Relative | None,
+    new: int,
+    total: int,
+    seen: Tensor | None,
+    q: Tensor,
+) -> Tensor:
+    """What is added to one row's scores, [1, heads or 1, new, total]; with `relative` made once for all layers."""
+    if relative is None:
+        bias = q.new_zeros(1, 1, new, total)
+    elif segment.start in plan.biases:
+        return plan.biases[segment.start]
+    else:
+        key_at = torch.arange(total, device=q.device)
+        bias = relative(key_at, torch.arange(total - new, total, device=q.device)[:, None])[None].to(q.dtype)
+    if seen is not None:
+        bias = bias.masked_fill(~seen, float("-inf"))
+    if relative is not None:
+        plan.biases[segment.start] = bias
+    return bias
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """Attention whose scores are bounded before the mask, as no kernel of torch's does it. [rows, heads, tokens, size].
+
+    softmax(c · tanh(q kᵀ · scale / c) + bias) v, the softmax in float32 (Gemma 2, arXiv:2408.00118, section 2.2).
+    """
+    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+    scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(q.dtype), v)
+
+
+def _refuse_unknown(
+    module: nn.Module, causal: bool, mask: Tensor | None, dropout: float, others: dict[str, Any]
+) -> None:
     """A base whose attention needs something that is not computed here is refused at load, not served wrongly."""
     unknown = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
+    if bool(getattr(module, "is_causal", causal)) != causal:
+        unknown.append("attention in both directions" if causal else "causal attention")
     if mask is not None:
         unknown.append("attention_mask")
     if dropout:

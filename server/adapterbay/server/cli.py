@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -31,11 +32,6 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def server() -> None:
-    """Keeps `start` a command of its own while there is only one."""
-
-
 @app.command("start")
 def start(
     base: Annotated[
@@ -44,16 +40,26 @@ def start(
     registry: Annotated[str | None, typer.Option(help="The registry's folder.")] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = DEFAULTS.host,
     port: Annotated[int, typer.Option(help="The port; 0 picks a free one.")] = DEFAULTS.port,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Answer Prometheus on this port, too; 0 picks a free one.")
+    ] = DEFAULTS.metrics_port,
+    metrics_host: Annotated[str, typer.Option(help="The address for metrics.")] = DEFAULTS.metrics_host,
     port_file: Annotated[Path | None, typer.Option(help="Write the port here once requests are taken.")] = None,
     quantize: Annotated[str, typer.Option(help="none, nf4, int8, or auto by device.")] = DEFAULTS.quantize,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = DEFAULTS.dtype,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = DEFAULTS.device,
+    compile_: Annotated[
+        str, typer.Option("--compile", help="Kernels for the CPU: auto, on (an error without a compiler), or off.")
+    ] = DEFAULTS.compile,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the base.")] = DEFAULTS.threads,
     max_length: Annotated[int | None, typer.Option(help="Lower the base's context, in tokens.")] = DEFAULTS.max_length,
     max_batch: Annotated[int, typer.Option(help="Rows that run at once.")] = DEFAULTS.max_rows,
     max_queue: Annotated[int, typer.Option(help="Rows that may wait; one more is refused.")] = DEFAULTS.max_queue,
     step_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = DEFAULTS.step_tokens,
     kv_bytes: Annotated[int, typer.Option(help="Bytes for the key/value cache.")] = DEFAULTS.kv_bytes,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Let prompts with equal beginnings share keys and values.")
+    ] = DEFAULTS.prefix_cache,
     host_bytes: Annotated[int, typer.Option(help="Bytes for adapters in host memory.")] = DEFAULTS.host_bytes,
     device_bytes: Annotated[int, typer.Option(help="Bytes for adapters on the device.")] = DEFAULTS.device_bytes,
     require_signature: Annotated[
@@ -73,15 +79,19 @@ def start(
         registry=registry,
         host=host,
         port=port,
+        metrics_host=metrics_host,
+        metrics_port=metrics_port,
         quantize=quantize,
         dtype=dtype,
         device=device,
+        compile=compile_,
         threads=threads,
         max_length=max_length,
         max_rows=max_batch,
         max_queue=max_queue,
         step_tokens=step_tokens,
         kv_bytes=kv_bytes,
+        prefix_cache=prefix_cache,
         host_bytes=host_bytes,
         device_bytes=device_bytes,
         require_signature=require_signature,
@@ -101,6 +111,28 @@ def start(
         typer.echo(f"error: {' '.join(error.message.split())}", err=True)
         # A server that cannot start is a matter of its settings or its machine: not of a request.
         raise typer.Exit(2) from None
+
+
+@app.command("methods")
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="As the table of docs/methods.md.")] = False,
+) -> None:
+    """Every PEFT method: what it becomes, how a mixed batch runs it, whether it can be fused, and what is refused."""
+    from adapterbay.server.convert.methods import COLUMNS, METHODS, cells, markdown
+
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(row) for row in METHODS.values()], ensure_ascii=False, indent=2))
+    elif as_markdown:
+        typer.echo(markdown(), nl=False)
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*COLUMNS, box=None, pad_edge=False)
+        for row in METHODS.values():
+            table.add_row(*cells(row))
+        Console().print(table)
 
 
 def read_config(**settings: Any) -> ServerConfig:
@@ -126,6 +158,7 @@ def holdings(serving: Serving) -> dict[str, Any]:
     return {
         "host": serving.host,
         "port": serving.port,
+        "metrics_port": serving.metrics_port,
         "base": base.reference,
         "fingerprint": base.fingerprint,
         "kind": base.kind,
@@ -141,12 +174,14 @@ def holdings(serving: Serving) -> dict[str, Any]:
 def describe(serving: Serving) -> list[str]:
     """What the server holds, for people."""
     base = serving.engine.base
+    config = serving.engine.config
+    metrics = f", metrics {config.metrics_host}:{serving.metrics_port}" if serving.metrics_port is not None else ""
     return [
         f"base         {base.reference} ({base.kind}, context {base.max_length})",
         f"fingerprint  {base.fingerprint}",
         f"holds        {base.parameters:,} parameters in {base.bytes / 2**20:,.1f} MiB, "
         f"{base.dtype}, quantization {base.quantization}, on {base.device}",
-        f"serving      {serving.host}:{serving.port}",
+        f"serving      {serving.host}:{serving.port}{metrics}",
     ]
 
 

@@ -5,38 +5,38 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from adapterbay.base.load import BaseInfo
-from adapterbay.registry import Registry, Resolved
+from adapterbay.registry import Registry
 from adapterbay.registry.errors import (
     AdapterbayError,
-    BaseMismatch,
     Cancelled,
     InvalidArgument,
     QueueFull,
     TaskMismatch,
     Unavailable,
 )
-from adapterbay.registry.manifest import Manifest
 from adapterbay.server.adapters.device import DeviceMemory
-from adapterbay.server.adapters.forms import ServingForm, build_form
-from adapterbay.server.adapters.residency import AdapterEvent, HostMemory, ResidencyInfo, wait_all
+from adapterbay.server.adapters.fusing import check_fusable, check_fused_head
+from adapterbay.server.adapters.manager import AdapterManager
+from adapterbay.server.adapters.residency import Resident, wait_all
+from adapterbay.server.adapters.tally import CountedPlaces, RowTally, TierTally
 from adapterbay.server.batch import Group, Row
+from adapterbay.server.blocks import blocks_for
 from adapterbay.server.config import ServerConfig
 from adapterbay.server.generation import Generating
-from adapterbay.server.kv import BlockPool, blocks_for
-from adapterbay.server.layers import RankPool
+from adapterbay.server.intake import fit_row, give_source
+from adapterbay.server.kv import BlockPool
 from adapterbay.server.loop import Loop
 from adapterbay.server.model import ServingModel
-from adapterbay.server.pooling import StatePooler, blend_heads
-from adapterbay.server.requests import ClassifyTask, EmbedTask, GenerateTask, Pooling, Request
+from adapterbay.server.pooling import Heads, StatePooler, TokenLabels, blend_heads, pooling_of
+from adapterbay.server.requests import ClassifyTask, ClassifyTokensTask, EmbedTask, GenerateTask, Request
 from adapterbay.server.runner import Runner
 from adapterbay.server.scheduler import Scheduler
 from adapterbay.server.trust import trusted_keys
@@ -47,7 +47,11 @@ RETRY_AFTER_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A moment of the engine. Bytes are what adapters take in each tier."""
+    """A moment of the engine. Bytes are what adapters take in each tier.
+
+    Since the start: `preemptions` counts rows that gave way and began again, `reusable_tokens` the tokens of rows that
+    looked for key/value blocks which others had computed, `reused_tokens` those that they found.
+    """
 
     waiting: int
     running: int
@@ -56,85 +60,9 @@ class EngineStats:
     host_bytes: int
     device_bytes: int
     steps: int
-
-
-class AdapterManager:
-    """The engine's adapters: what the registry has, and what of it is in memory. Thread-safe."""
-
-    def __init__(
-        self, registry: Registry, model: ServingModel, config: ServerConfig, vacate: Callable[[Any], None]
-    ) -> None:
-        self.registry = registry
-        self._model = model
-        self._trust = trusted_keys(config)
-        self._sites = {path: (layer.in_features, layer.out_features) for path, layer in model.layers.items()}
-        self.manifest = lru_cache(maxsize=4096)(registry.manifest)
-        self.memory = HostMemory(
-            self._load,
-            self._size_of,
-            budget_bytes=config.host_bytes,
-            threads=config.load_threads,
-            vacate=vacate,
-        )
-
-    def resolve(self, reference: str) -> Resolved:
-        """What a reference means now; see `Registry.resolve`."""
-        return self.registry.resolve(reference)
-
-    def load(self, digest: str) -> Future[float]:
-        """Begins to load; see `HostMemory.load`."""
-        self.check_base(digest)
-        return self.memory.load(digest)
-
-    def unload(self, digest: str) -> Future[int]:
-        """Gives memory back; see `HostMemory.unload`."""
-        return self.memory.unload(digest)
-
-    def pin(self, digest: str, pinned: bool) -> None:
-        """Keeps in memory, or lets go; see `HostMemory.pin`."""
-        if pinned:
-            self.check_base(digest)
-        self.memory.pin(digest, pinned)
-
-    def residency(self, digest: str) -> ResidencyInfo:
-        """What of a digest is in memory."""
-        return self.memory.residency(digest)
-
-    def resident(self) -> tuple[str, ...]:
-        """The digests in memory."""
-        return self.memory.resident()
-
-    def subscribe(self, listener: Callable[[AdapterEvent], None]) -> Callable[[], None]:
-        """Tells of loads and unloads; see `HostMemory.subscribe`."""
-        return self.memory.subscribe(listener)
-
-    def servable(self, digest: str) -> bool:
-        """Whether the adapter was made for the base at hand."""
-        return self.manifest(digest).base_fingerprint == self._model.base.info.fingerprint
-
-    def check_base(self, digest: str) -> Manifest:
-        """The manifest. Raises BaseMismatch for an adapter of another base."""
-        manifest = self.manifest(digest)
-        ours = self._model.base.info.fingerprint
-        if manifest.base_fingerprint != ours:
-            raise BaseMismatch(
-                f"The adapter was trained on base {manifest.base_reference} ({manifest.base_fingerprint}); this server "
-                f"holds {self._model.base.info.reference} ({ours}).",
-                expected=ours,
-                actual=manifest.base_fingerprint,
-            )
-        return manifest
-
-    def _size_of(self, digest: str) -> int:
-        return sum(file.size for file in self.manifest(digest).files if file.path.endswith(".safetensors"))
-
-    def _load(self, digest: str) -> ServingForm:
-        manifest = self.check_base(digest)
-        snapshot = self.registry.open_snapshot(digest)
-        if self._trust is not None:
-            self._trust.check(snapshot, snapshot.signature)
-        files = {entry.path: snapshot.read(entry.path) for entry in manifest.files}
-        return build_form(manifest, files, self._model.base.files, self._sites)
+    preemptions: int
+    reusable_tokens: int
+    reused_tokens: int
 
 
 class Engine:
@@ -149,31 +77,28 @@ class Engine:
         self._lock = threading.Lock()
         self._accepting = False
         self._rows: dict[int, Row] = {}
+        self.row_tally = RowTally()
+        self.device_tally = TierTally()
         self.end_ids = frozenset(end_token_ids(model.base))
 
         self._blocks = BlockPool(model.cache_shapes, config.kv_bytes, model.dtype, model.device)
-        pools = {
-            path: RankPool(layer.in_features, layer.out_features, model.dtype, model.device)
-            for path, layer in model.layers.items()
-        }
-        self._device = DeviceMemory(model.layers, pools, config.device_bytes, model.dtype)
+        self._device = DeviceMemory(model.sites, config.device_bytes)
+        self._heads = Heads(model.device, pooler=model.pooler is not None)
         scheduler = Scheduler(
-            self._blocks,
-            self._device,
+            self._blocks.ledger,
+            CountedPlaces(self._device, self.device_tally),
             max_rows=config.max_rows,
             step_tokens=config.step_tokens,
-            chunked=model.causal,
+            chunked=model.causal and model.seq2seq is None,
         )
         self._loop = Loop(
             scheduler,
             Runner(model, self._blocks),
-            pooler=model.pooler is not None,
-            encoder=not model.causal,
             left=self._left,
             stuck=lambda: self.adapters.memory.relieve(),
         )
         self.adapters = AdapterManager(
-            registry, model, config, vacate=lambda r: self._loop.post(lambda: self._device.vacate(r))
+            registry, model, config, vacate=lambda r: self._loop.post(lambda: self._vacate(r))
         )
 
     @classmethod
@@ -236,8 +161,8 @@ class Engine:
         try:
             for row in group.rows:
                 held = []
-                for part in row.request.arm.parts:
-                    held.append(self.adapters.memory.hold(part.digest))
+                for digest, _ in row.request.arm.key:
+                    held.append(self.adapters.hold(digest, row.request.arm))
                     row.residents = tuple(held)
         except AdapterbayError:
             for row in group.rows:
@@ -254,7 +179,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What runs, waits and lies in memory."""
-        running = len(self._loop.scheduler.running)
+        scheduler = self._loop.scheduler
+        running = len(scheduler.running)
         return EngineStats(
             waiting=max(len(self._rows) - running, 0),
             running=running,
@@ -263,6 +189,9 @@ class Engine:
             host_bytes=self.adapters.memory.used_bytes,
             device_bytes=self._device.used_bytes,
             steps=self._loop.steps,
+            preemptions=scheduler.preemptions,
+            reusable_tokens=scheduler.reusable_tokens,
+            reused_tokens=scheduler.reused_tokens,
         )
 
     def new_tokens(self, request: Request) -> int:
@@ -270,7 +199,7 @@ class Engine:
         task = request.task
         if not isinstance(task, GenerateTask):
             return 0
-        left = self.base.max_length - len(task.prompt_ids)
+        left = self.base.max_length - (len(task.prompt_ids) if self._model.seq2seq is None else 0)
         asked = task.sampling.max_tokens
         return min(DEFAULT_NEW_TOKENS, left) if asked is None else asked
 
@@ -286,7 +215,8 @@ class Engine:
                 raise TaskMismatch(
                     f"Base {self.base.reference} is an encoder; it labels and embeds, it does not generate."
                 )
-            if len(ids) + max(self.new_tokens(request), 1) > limit:
+            shared = self._model.seq2seq is None  # a context for the prompt and the answer, or one for each
+            if max(self.new_tokens(request), 1) + (len(ids) if shared else 0) > limit or len(ids) > limit:
                 raise InvalidArgument(
                     f"The prompt has {len(ids)} tokens and {self.new_tokens(request)} more are asked for; this base "
                     f"takes {limit} in all.",
@@ -294,14 +224,13 @@ class Engine:
                 )
         elif len(ids) > limit:
             raise InvalidArgument(f"The text has {len(ids)} tokens; this base takes {limit}.", field="texts")
-        if isinstance(task, ClassifyTask):
-            if not request.arm.parts:
-                blend_heads((), ())
-            if not self._model.causal and self._model.pooler is None:
-                raise TaskMismatch(f"Classification on base {self.base.reference} needs a pooler, which it has not.")
+        if isinstance(task, ClassifyTask | ClassifyTokensTask) and not request.arm.parts:
+            blend_heads((), ())
         for part in request.arm.parts:
             self.adapters.check_base(part.digest)
         needed = blocks_for(len(ids) + max(self.new_tokens(request) - 1, 0))
+        if self._model.seq2seq is not None:
+            needed = blocks_for(len(ids)) + blocks_for(max(self.new_tokens(request), 1))
         if self._model.causal and needed > self._blocks.blocks:
             raise InvalidArgument(
                 f"This request needs {needed} cache blocks and the server has {self._blocks.blocks}; ask for fewer "
@@ -315,17 +244,21 @@ class Engine:
         task = request.task
         ids = task.prompt_ids if isinstance(task, GenerateTask) else task.token_ids
         row = Row(request, list(ids), len(ids), self.new_tokens(request), loaded_at=now)
+        if self._model.seq2seq is not None:
+            give_source(row, self._model.seq2seq.start_token)
         if isinstance(task, GenerateTask):
             row.output = Generating(row, self.tokenizer, self.end_ids)
-        else:
-            row.output = StatePooler(self._pooling(task))
+        elif isinstance(task, EmbedTask):
+            row.output = StatePooler(task.pooling)
         return row
 
-    def _pooling(self, task: ClassifyTask | EmbedTask) -> Pooling:
-        """A decoder is labelled by its last token's state, an encoder through its pooler by the first one's."""
-        if isinstance(task, EmbedTask):
-            return task.pooling
-        return Pooling.LAST if self._model.causal else Pooling.FIRST
+    def _take_head(self, row: Row) -> None:
+        """Gives a row that is to be labelled its head. Raises TaskMismatch."""
+        task = row.request.task
+        if isinstance(task, ClassifyTask | ClassifyTokensTask):
+            check_fused_head(row.request.arm, [resident.ready for resident in row.residents])
+            row.head = self._heads.of(row.residents, row.request.arm, task)
+            row.output = TokenLabels() if isinstance(task, ClassifyTokensTask) else StatePooler(pooling_of(row.head))
 
     def _loaded(self, group: Group, error: AdapterbayError | None) -> None:
         """On the engine's thread: the group's adapters are in host memory, or one could not be loaded."""
@@ -347,7 +280,16 @@ class Engine:
             return InvalidArgument(
                 f"{len(group.rows)} rows must run together and the server runs {self.config.max_rows}.", field="arms"
             )
-        blocks = sum(blocks_for(row.most_tokens) for row in group.rows)
+        try:
+            for row in group.rows:
+                if row.request.arm.fusion is None:  # a derived adapter was checked when it was made
+                    check_fusable(row.request.arm, [resident.ready for resident in row.residents])
+                self._take_head(row)
+                shares_blocks = self._model.causal and self.config.prefix_cache and self._model.seq2seq is None
+                fit_row(row, self._model.attention_shapes, self.base.max_length, shares_blocks=shares_blocks)
+        except AdapterbayError as unfit:
+            return unfit
+        blocks = sum(blocks_for(row.most_tokens) + blocks_for(len(row.source)) for row in group.rows)
         if self._model.causal and blocks > self._blocks.blocks:
             return InvalidArgument(
                 f"{len(group.rows)} rows that run together need {blocks} cache blocks and the server has "
@@ -362,19 +304,19 @@ class Engine:
                 f"{self._device.budget_bytes}. Fuse fewer, or raise device_bytes.",
                 field="selection",
             )
-        try:
-            for row in group.rows:
-                if isinstance(row.request.task, ClassifyTask):
-                    blend_heads([r.ready for r in row.residents], [p.weight for p in row.request.arm.parts])
-        except TaskMismatch as mismatch:
-            return mismatch
         return None
+
+    def _vacate(self, resident: Resident) -> None:
+        self._device.vacate(resident)
+        self._heads.drop(resident)
 
     def _left(self, row: Row) -> None:
         """A row is over: let go of its adapters and its place."""
         with self._lock:
             self._rows.pop(row.request.id, None)
-        for resident in row.residents:
+        self.row_tally.ended(row)
+        residents, row.residents = row.residents, ()  # who keeps the row for a while keeps no weights with it
+        for resident in residents:
             self.adapters.memory.release(resident)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from adapterbay.registry.errors import Rejected
 from adapterbay.server.batch import Row
 from adapterbay.server.requests import (
     Delta,
@@ -16,6 +15,7 @@ from adapterbay.server.requests import (
     PositionChances,
     SamplingSpec,
     TokenChance,
+    not_finite,
 )
 from adapterbay.server.sampling import Drawn
 from adapterbay.server.tokens import StopWatch, StreamDecoder
@@ -28,6 +28,7 @@ class Generating:
         task = row.request.task
         assert isinstance(task, GenerateTask)
         self.sampling: SamplingSpec = task.sampling
+        self._arm = row.request.arm
         self.generator: torch.Generator | None = None
         if self.sampling.temperature > 0:
             self.generator = torch.Generator()
@@ -41,8 +42,8 @@ class Generating:
         self.finish: FinishReason | None = None
         self._tokenizer = tokenizer
         self._end_ids = end_ids
-        self._most = row.max_new_tokens
-        self._decoder = StreamDecoder(tokenizer, task.prompt_ids)
+        self._row = row  # its adapters may leave room for fewer tokens than it was made with
+        self._decoder = StreamDecoder(tokenizer, () if row.source else task.prompt_ids)
         self._stops = StopWatch(self.sampling.stop)
 
     @property
@@ -56,10 +57,7 @@ class Generating:
         Raises Rejected when the logits held NaN or Inf: the adapter, on this text, computes nothing.
         """
         if not drawn.finite:
-            raise Rejected(
-                "The logits of this row are not finite: the adapter overflows on this text. Other rows are unharmed.",
-                reason="NOT_FINITE",
-            )
+            raise not_finite(self._arm)
         self.token_ids.append(drawn.token_id)
         chances = self._chances(drawn)
         self.chances.extend(chances)
@@ -67,7 +65,7 @@ class Generating:
         text = self._stops.push("" if ended else self._decoder.push(drawn.token_id))
         if self._stops.hit is not None:
             self.finish = FinishReason.STOP
-        elif ended or len(self.token_ids) >= self._most:
+        elif ended or len(self.token_ids) >= self._row.max_new_tokens:
             self.finish = FinishReason.END if ended else FinishReason.LENGTH
             text += self._last_words()
         self.text += text

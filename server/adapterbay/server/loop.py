@@ -17,10 +17,13 @@ import torch
 from adapterbay.registry.errors import AdapterbayError, Cancelled, DeadlineExceeded, EngineFault
 from adapterbay.server.batch import Group, Phase, Row
 from adapterbay.server.generation import Generating
-from adapterbay.server.pooling import StatePooler, blend_heads, label_logits
+from adapterbay.server.heads import Head, HeadPooling
+from adapterbay.server.pooling import StatePooler, TokenLabels, label, require_finite
 from adapterbay.server.requests import (
     ClassifyResult,
     ClassifyTask,
+    ClassifyTokensResult,
+    ClassifyTokensTask,
     EmbedResult,
     EmbedTask,
     Event,
@@ -43,15 +46,11 @@ class Loop:
         scheduler: Scheduler,
         runner: Runner,
         *,
-        pooler: bool,
-        encoder: bool,
         left: Callable[[Row], None],
         stuck: Callable[[], None],
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
-        self._has_pooler = pooler
-        self._encoder = encoder
         self._left = left
         self._stuck = stuck
         self._inbox: deque[Callable[[], None]] = deque()
@@ -117,13 +116,15 @@ class Loop:
 
     def _reap(self, now: float) -> None:
         """Frees rows that nobody waits for any more. A group that has not begun goes whole."""
-        for row in list(self.scheduler.running):
+        waiting = list(self.scheduler.waiting_groups())
+        preempted = [row for group in waiting if group.begun for row in group.rows]
+        for row in [*self.scheduler.running, *preempted]:
             error = _over(row, now)
             if error is not None:
                 self._end(row, error)
-        for group in list(self.scheduler.waiting_groups()):
+        for group in waiting:
             over = [error for row in group.rows if (error := _over(row, now)) is not None]
-            if over:
+            if over and not group.begun:
                 self.fail_group(group, over[0])
 
     def fail_group(self, group: Group, error: AdapterbayError) -> None:
@@ -163,10 +164,10 @@ class Loop:
     def _postprocess(self, result: StepResult) -> None:
         now = time.monotonic()
         for share in result.order:
-            share.row.computed += share.count
+            self.scheduler.advance(share)
             if share.row.phase is Phase.PREFILL and share.finishes_prompt:
                 share.row.phase = Phase.DECODE
-                share.row.first_at = now
+                share.row.first_at = share.row.first_at or now
         if result.logits is not None:
             self._take_tokens(result.drawing, result.logits, now)
         if result.states:
@@ -187,27 +188,57 @@ class Loop:
                 self._end(row, _generated(row, output, now))
 
     def _take_states(self, result: StepResult, now: float) -> None:
-        ready: list[tuple[Row, torch.Tensor]] = []
+        labelled: list[tuple[Row, int, torch.Tensor]] = []  # row, its first token here, states [count, hidden]
+        embedded: list[tuple[Row, torch.Tensor]] = []
         for share in result.order:
-            if share.row not in result.states:
+            row = share.row
+            if row not in result.states:
                 continue
-            pooler: StatePooler = share.row.output
-            pooler.push(result.states[share.row])
-            if share.row.computed == share.row.prompt_tokens:
-                ready.append((share.row, pooler.value()))
-        labelled = [row for row, _ in ready if isinstance(row.request.task, ClassifyTask)]
-        if self._encoder and self._has_pooler and labelled:
-            states = torch.stack([state for row, state in ready if row in labelled])
-            pooled = dict(zip(labelled, self._runner.pool_first(labelled, states), strict=True))
-            ready = [(row, pooled.get(row, state)) for row, state in ready]
-        for row, state in ready:
+            # The head of a text sees the states of virtual tokens, too, as in PEFT; nothing else does.
+            before = row.placed if isinstance(row.request.task, ClassifyTask) else row.virtual_tokens
+            states = result.states[row][max(before - share.start, 0) :]
+            start = max(share.start - before, 0)
+            if not len(states):
+                continue
+            if isinstance(row.request.task, ClassifyTokensTask):
+                labelled.append((row, start, states))
+                continue
+            pooler: StatePooler = row.output
+            pooler.push(states, start)
+            if not row.left:
+                if isinstance(row.request.task, ClassifyTask):
+                    labelled.append((row, start, pooler.value()[None]))
+                else:
+                    embedded.append((row, pooler.value()))
+        self._take_labels(labelled, now)
+        for row, state in embedded:
+            self._end(row, _embedded(row, state, now))
+
+    def _take_labels(self, labelled: list[tuple[Row, int, torch.Tensor]], now: float) -> None:
+        """Labels texts and tokens; rows that share a head, in one product."""
+        behind_pooler = [at for at, (row, *_) in enumerate(labelled) if row.head.pooling is HeadPooling.POOLER]
+        if behind_pooler:
+            rows = [labelled[at][0] for at in behind_pooler]
+            pooled = self._runner.pool_first(rows, torch.cat([labelled[at][2] for at in behind_pooler]))
+            for at, state in zip(behind_pooler, pooled, strict=True):
+                labelled[at] = (*labelled[at][:2], state.reshape(1, -1))
+        logits = label([(row.head, states) for row, _, states in labelled])
+        for (row, start, _), own in zip(labelled, logits, strict=True):
             try:
-                self._end(row, _labelled(row, state, now) if row in labelled else _embedded(row, state, now))
+                require_finite(own, row.request.arm)
             except AdapterbayError as error:
                 self._end(row, error)
+                continue
+            if isinstance(row.request.task, ClassifyTask):
+                self._end(row, _labelled(row, own[0], now))
+                continue
+            tokens: TokenLabels = row.output
+            tokens.push(own, start)
+            if not row.left:
+                self._end(row, _labelled_tokens(row, tokens.value(), now))
 
     def _end(self, row: Row, event: Event) -> None:
-        """Ends a running row. Its place is free before its caller hears: who hears may submit the next one at once."""
+        """Ends a row that has begun. Its place is free before its caller hears, who may submit the next one at once."""
         self.scheduler.finish(row)
         self._left(row)
         self._tell(row, event)
@@ -249,15 +280,28 @@ def _generated(row: Row, output: Generating, now: float) -> GenerateResult:
     )
 
 
-def _labelled(row: Row, state: torch.Tensor, now: float) -> ClassifyResult:
-    task = row.request.task
+def _labelled(row: Row, logits: torch.Tensor, now: float) -> ClassifyResult:
+    task, head = row.request.task, row.head
     assert isinstance(task, ClassifyTask)
-    head = blend_heads([r.ready for r in row.residents], [part.weight for part in row.request.arm.parts])
-    logits, probabilities = label_logits(state, head)
+    assert isinstance(head, Head)
     return ClassifyResult(
         labels=head.labels,
-        logits=tuple(logits),
-        probabilities=tuple(probabilities),
+        logits=tuple(logits.tolist()),
+        probabilities=tuple(logits.softmax(-1).tolist()),
+        tokens=row.prompt_tokens,
+        truncated=task.truncated,
+        timings=_timings(row, now),
+    )
+
+
+def _labelled_tokens(row: Row, logits: torch.Tensor, now: float) -> ClassifyTokensResult:
+    task, head = row.request.task, row.head
+    assert isinstance(task, ClassifyTokensTask)
+    assert isinstance(head, Head)
+    return ClassifyTokensResult(
+        labels=head.labels,
+        logits=tuple(map(tuple, logits.tolist())),
+        probabilities=tuple(map(tuple, logits.softmax(-1).tolist())),
         tokens=row.prompt_tokens,
         truncated=task.truncated,
         timings=_timings(row, now),

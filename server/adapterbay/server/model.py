@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,16 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from adapterbay.base.load import LoadedBase, load_base, position_offset
 from adapterbay.registry.errors import UnsupportedMethod
 from adapterbay.server import attention
-from adapterbay.server.attention import AttentionPlan, Segment
+from adapterbay.server.adapters.forms import LM_HEAD
+from adapterbay.server.attention import AttentionPlan
 from adapterbay.server.config import ServerConfig
+from adapterbay.server.fast.path import FastPath
+from adapterbay.server.kernels.loader import OFF, Compile, Kernels
+from adapterbay.server.kernels.loader import load as load_kernels
 from adapterbay.server.kv import LayerShape
-from adapterbay.server.layers import AdapterMix, MixedLinear, step_context
+from adapterbay.server.mix.context import step_context
+from adapterbay.server.mix.plan import AdapterMix
+from adapterbay.server.mix.sites import Sites
 from adapterbay.server.packed import PackedLinear, can_pack
+from adapterbay.server.probe import probe
+from adapterbay.server.seq2seq import Seq2Seq
+
+log = logging.getLogger(__name__)
 
 UNSTABLE_ROPE = ("dynamic", "longrope")
 """Rotary scalings whose frequencies depend on the longest row of the batch: one row would change another."""
@@ -29,10 +39,13 @@ class ServingModel:
     """A base whose forward takes a flattened step: ids [1, tokens], positions [1, tokens], no padding."""
 
     base: LoadedBase
-    layers: dict[str, MixedLinear]  # by backbone-relative path
-    cache_shapes: list[LayerShape]  # by layer index; empty for an encoder
+    sites: Sites  # every place that an adapter can change
+    attention_shapes: list[LayerShape]  # by layer index
     pooler: nn.Module | None  # an encoder's pooler, taken out so that it can run on the first tokens only
     offset: int  # what the base adds to a position
+    seq2seq: Seq2Seq | None = None  # an encoder-decoder's two stacks
+    kernels: Kernels = OFF
+    fast: FastPath | None = None  # where the kernels serve the whole base
 
     @classmethod
     def load(cls, config: ServerConfig) -> ServingModel:
@@ -46,29 +59,51 @@ class ServingModel:
             max_length=config.max_length,
             attention=attention.NAME,
         )
-        return cls.prepare(base)
+        model = cls.prepare(base)
+        model.accelerate(config.compile)
+        return model
 
     @classmethod
     def prepare(cls, base: LoadedBase) -> ServingModel:
         """Makes a loaded base ready. Its attention implementation must be `attention.NAME`."""
-        rope = getattr(base.model.config, "rope_parameters", None) or {}
-        if isinstance(rope, dict) and rope.get("rope_type") in UNSTABLE_ROPE:
-            raise UnsupportedMethod(f"Rotary scaling {rope['rope_type']!r} is not served: it would mix rows.")
+        _refuse_unstable_rope(base.model.config)
         backbone = base.backbone
         packs = base.info.quantization == "none" and can_pack(
             getattr(torch, base.info.dtype), torch.device(base.info.device)
         )
-        layers = wrap_linears(backbone, packs=packs)
-        if packs and base.info.kind == "causal-lm":
-            pack_head(base)
+        wrap = Seq2Seq.wrap if base.info.kind == "encoder-decoder" else Sites.wrap
+        sites = wrap(backbone, getattr(torch, base.info.dtype), torch.device(base.info.device), packs=packs)
+        if base.info.kind != "encoder":
+            wrap_head(base, sites, packs=packs)
         pooler = None
         if base.info.kind == "encoder" and getattr(backbone, "pooler", None) is not None:
             pooler = backbone.get_submodule("pooler") if base.has_pooler else None
             backbone.pooler = None  # type: ignore[assignment]
-        model = cls(base, layers, [], pooler, position_offset(base.model.config))
-        shapes = model._probe()
-        model.cache_shapes = shapes if base.info.kind == "causal-lm" else []
+        model = cls(base, sites, [], pooler, position_offset(base.model.config))
+        if base.info.kind == "encoder-decoder":
+            model.seq2seq = Seq2Seq(base)
+            model.attention_shapes = model.seq2seq.shapes
+        else:
+            model.attention_shapes = probe(model)
         return model
+
+    def accelerate(self, mode: Compile) -> None:
+        """Loads the kernels, and fuses the base if it is of a kind that they compute. Raises Unavailable if `mode` is
+        on and there are none."""
+        if self.device.type != "cpu" and mode == "auto":
+            return
+        self.kernels = load_kernels(mode)
+        if self.kernels.loaded:
+            built = FastPath.build(self)
+            if isinstance(built, FastPath):
+                self.fast = built
+            else:
+                log.info("the base is computed by its own modules: %s", built.reason)
+
+    @property
+    def cache_shapes(self) -> list[LayerShape]:
+        """What each layer caches, by layer index; empty for an encoder."""
+        return self.attention_shapes if self.causal else []
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,7 +119,19 @@ class ServingModel:
     @property
     def causal(self) -> bool:
         """Whether the base generates."""
-        return self.base.info.kind == "causal-lm"
+        return self.base.info.kind != "encoder"
+
+    @property
+    def _called(self) -> nn.Module:
+        """What the whole model calls for its hidden states: its backbone. OPT's calls what is in there."""
+        inside = "decoder" if getattr(self.base.model.config, "model_type", None) == "opt" else ""
+        return self.base.backbone.get_submodule(inside)
+
+    @property
+    def head_used(self) -> bool:
+        """Whether a resident adapter changes the language-model head."""
+        head = self.sites.linears.get(LM_HEAD)
+        return head is not None and head.site is not None and head.site.used
 
     def forward(
         self,
@@ -97,26 +144,35 @@ class ServingModel:
         want_hidden: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Last hidden states [tokens, hidden] if wanted, and logits [len(logits_at), vocabulary] at those tokens."""
+        if self.seq2seq is not None:
+            return self.seq2seq.decode(ids, mix, plan, logits_at, head_used=self.head_used)
         arguments: dict[str, Any] = {
             "input_ids": ids[None],
             "position_ids": positions[None] + self.offset,
             "use_cache": False,
         }
         with self._step(mix, plan):
+            if self.fast is not None:
+                step_context.kept = self._kept(mix, logits_at)
+                return self.fast.forward(ids, positions, mix, plan, logits_at=logits_at, want_hidden=want_hidden)
             if logits_at is None:
                 return self.base.backbone(**arguments).last_hidden_state[0], None
             captured: list[Tensor] = []
             hook = (
-                self.base.backbone.register_forward_hook(lambda _m, _a, out: captured.append(out.last_hidden_state))
+                self._called.register_forward_hook(lambda _m, _a, out: captured.append(out.last_hidden_state))
                 if want_hidden
                 else None
             )
+            step_context.kept = self._kept(mix, logits_at)
             try:
                 logits = self.base.model(**arguments, logits_to_keep=logits_at).logits[0]
             finally:
                 if hook is not None:
                     hook.remove()
         return (captured[0][0] if captured else None), logits
+
+    def _kept(self, mix: AdapterMix | None, logits_at: Tensor | None) -> tuple[int, ...] | None:
+        return tuple(logits_at.tolist()) if logits_at is not None and mix is not None and self.head_used else None
 
     def pool(self, first: Tensor, mix: AdapterMix | None) -> Tensor:
         """An encoder's pooler on the first tokens' states [rows, hidden]; `mix` has one token for each row."""
@@ -125,6 +181,8 @@ class ServingModel:
         step_context.mix = mix
         try:
             pooled: Tensor = self.pooler(first[:, None])
+            if pooled.dim() == 3:  # ALBERT's is one linear layer, with the activation beside it
+                pooled = self.base.backbone.pooler_activation(pooled[:, 0])  # type: ignore[operator]
         finally:
             step_context.mix = None
         return pooled
@@ -132,53 +190,29 @@ class ServingModel:
     @contextmanager
     def _step(self, mix: AdapterMix | None, plan: AttentionPlan) -> Iterator[None]:
         step_context.mix, attention.current.plan = mix, plan
+        step_context.prompts = self.sites.prompts
         try:
             yield
         finally:
             step_context.mix, attention.current.plan = None, None
-
-    def _probe(self) -> list[LayerShape]:
-        """Runs three tokens and notes what each attention layer caches."""
-        found: list[tuple[int, LayerShape]] = []
-        plan = AttentionPlan(causal=self.causal, segments=(Segment(0, 3, None),), probe=found)
-        ids = torch.zeros(3, dtype=torch.long, device=self.device)
-        with torch.inference_mode():
-            self.forward(ids, torch.arange(3, device=self.device), None, plan, logits_at=None, want_hidden=True)
-        shapes = dict(found)
-        if not found:
-            raise UnsupportedMethod(
-                f"{type(self.base.model).__name__} does not use transformers' attention interface, so its rows cannot "
-                "be kept apart in a mixed batch."
-            )
-        if self.causal and (len(shapes) != len(found) or sorted(shapes) != list(range(len(shapes)))):
-            raise UnsupportedMethod(f"{type(self.base.model).__name__} does not number its attention layers.")
-        return [shapes[layer] for layer in sorted(shapes)]
+            step_context.kept = step_context.prompts = None
 
 
-def pack_head(base: LoadedBase) -> None:
-    """Packs the language-model head. A head that shares its weight with the embeddings is held twice from then on."""
+def _refuse_unstable_rope(config: Any) -> None:
+    """Models whose layers differ (Gemma 3) have one dictionary for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") in UNSTABLE_ROPE:
+            raise UnsupportedMethod(f"Rotary scaling {parameters['rope_type']!r} is not served: it would mix rows.")
+
+
+def wrap_head(base: LoadedBase, sites: Sites, *, packs: bool) -> None:
+    """Wraps the language-model head, in oneDNN's layout if `packs`. A head that shares its weight with the embeddings
+    is then held twice."""
     head = base.model.get_output_embeddings()  # type: ignore[operator]
-    if type(head) is not nn.Linear:
-        return
-    base.model.set_output_embeddings(PackedLinear(head))  # type: ignore[operator]
-    if base.model.config.tie_word_embeddings:  # type: ignore[union-attr]
-        base.info = replace(base.info, bytes=base.info.bytes + head.weight.nbytes)
-
-
-def wrap_linears(backbone: nn.Module, *, packs: bool) -> dict[str, MixedLinear]:
-    """Puts a MixedLinear in the place of every linear layer (bitsandbytes' and GPT-2's Conv1D too); by path.
-
-    `packs`: plain layers' weights go into oneDNN's layout, and out of their own.
-    """
-    wrapped: dict[str, MixedLinear] = {}
-    for path, module in list(backbone.named_modules()):
-        if isinstance(module, Conv1D):
-            size = (module.nx, module.nf)
-        elif isinstance(module, nn.Linear):
-            size = (module.in_features, module.out_features)
-        else:
-            continue
-        parent_path, _, name = path.rpartition(".")
-        wrapped[path] = MixedLinear(PackedLinear(module) if packs and type(module) is nn.Linear else module, *size)
-        setattr(backbone.get_submodule(parent_path), name, wrapped[path])
-    return wrapped
+    name = next(path for path, module in base.model.named_modules() if module is head)
+    if packs and type(head) is nn.Linear:
+        if base.model.config.tie_word_embeddings:  # type: ignore[union-attr]
+            base.info = replace(base.info, bytes=base.info.bytes + head.weight.nbytes)
+        head = PackedLinear(head)
+    base.model.set_output_embeddings(sites.wrap_head(head, name))  # type: ignore[operator]

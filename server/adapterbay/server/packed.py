@@ -45,6 +45,15 @@ class PackedLinear(nn.Module):
         self.packed = pack(layer.weight.detach())
         self.bias = layer.bias
 
+    @property
+    def weight(self) -> Tensor:
+        """Nothing to compute with: only what the weight's shape and dtype were, which some models look at."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.packed.dtype, device="meta")
+
+    def dense(self) -> Tensor:
+        """The weight [out, in] as it was."""
+        return self.packed.to_dense()
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] to [..., out]."""
         return linear(x, self.packed, self.bias)

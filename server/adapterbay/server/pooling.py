@@ -5,53 +5,91 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from adapterbay.registry.errors import Rejected, TaskMismatch
-from adapterbay.server.adapters.forms import Head, ServingForm
-from adapterbay.server.requests import Pooling
+from adapterbay.registry.errors import TaskMismatch
+from adapterbay.server.adapters.forms import ServingForm
+from adapterbay.server.adapters.residency import Resident
+from adapterbay.server.heads import Head, HeadPooling, average_heads
+from adapterbay.server.requests import ArmSpec, ClassifyTask, ClassifyTokensTask, Pooling, not_finite
+
+MOST_HEADS = 1024
+"""How many arms' heads are kept for rows to come."""
 
 
 def blend_heads(forms: Sequence[ServingForm], weights: Sequence[float]) -> Head:
     """The head of an arm: the only one, or the average by weight of those that its adapters bring.
 
-    Heads are whole layers and no deltas, so a sum would not stay on their scale: Σ w_i·head_i / Σ w_i. Raises
-    TaskMismatch when no adapter has a head, when labels differ, or when the weights of the heads do not add up to
-    something positive.
+    Heads are whole layers and no deltas, so a sum would not stay on their scale; see `average_heads`. Raises
+    TaskMismatch when no adapter has a head, and what `average_heads` raises.
     """
     pairs = [(form.head, weight) for form, weight in zip(forms, weights, strict=True) if form.head is not None]
     if not pairs:
         who = "The base has" if not forms else "This adapter has" if len(forms) == 1 else "These adapters have"
-        raise TaskMismatch(f"{who} no classification head; ask an adapter trained for sequence-classification.")
-    if len(pairs) == 1:
-        return pairs[0][0]
-    labels = pairs[0][0].labels
-    for head, _ in pairs[1:]:
-        if head.labels != labels:
-            raise TaskMismatch(
-                f"The fused heads have different labels, {list(labels)} and {list(head.labels)}; "
-                "only heads with the same labels in the same order can be fused."
-            )
-    total = sum(weight for _, weight in pairs)
-    if total <= 0:
-        raise TaskMismatch(f"The weights of the fused heads add up to {total}; they must add up to more than 0.")
-    weight = sum((head.weight * (w / total) for head, w in pairs), torch.zeros(()))
-    biases = [head.bias * (w / total) for head, w in pairs if head.bias is not None]
-    return Head(weight=weight, bias=sum(biases, torch.zeros(())) if biases else None, labels=labels)
-
-
-def label_logits(state: Tensor, head: Head) -> tuple[list[float], list[float]]:
-    """Logits and probabilities of one pooled state [hidden]. Raises Rejected when they are not finite."""
-    weight = head.weight.to(state.device)
-    bias = head.bias.to(state.device) if head.bias is not None else None
-    logits = F.linear(state.float(), weight, bias)
-    if not logits.isfinite().all():
-        raise Rejected(
-            "The logits of this row are not finite: the adapter overflows on this text. Other rows are unharmed.",
-            reason="NOT_FINITE",
+        raise TaskMismatch(
+            f"{who} no classification head; ask an adapter trained for sequence-classification or token-classification."
         )
-    return logits.tolist(), logits.softmax(-1).tolist()
+    return average_heads([head for head, _ in pairs], [weight for _, weight in pairs])
+
+
+class Heads:
+    """The heads of arms on the device, blended once. Used on the engine's thread only.
+
+    Rows of one arm get one object, so that a step labels them in one product.
+    """
+
+    def __init__(self, device: torch.device, *, pooler: bool) -> None:
+        self._device = device
+        self._pooler = pooler
+        self._known: dict[tuple[tuple[str, float], ...], Head] = {}
+
+    def of(self, residents: Sequence[Resident], arm: ArmSpec, task: ClassifyTask | ClassifyTokensTask) -> Head:
+        """The head that labels a row. Raises TaskMismatch when the arm has none, or none for this task."""
+        weights = arm.head_weights
+        key = tuple((resident.key, weight) for resident, weight in zip(residents, weights, strict=True))
+        head = self._known.pop(key, None)
+        if head is None:
+            head = blend_heads([resident.ready for resident in residents], weights).to(self._device)
+            while len(self._known) >= MOST_HEADS:
+                del self._known[next(iter(self._known))]
+        self._known[key] = head
+        if isinstance(task, ClassifyTask) and head.pooling is HeadPooling.EVERY:
+            raise TaskMismatch("This head labels tokens, not texts; call ClassifyTokens.")
+        if isinstance(task, ClassifyTokensTask) and head.pooling is not HeadPooling.EVERY:
+            raise TaskMismatch("This head labels texts, not tokens; call Classify.")
+        if head.pooling is HeadPooling.POOLER and not self._pooler:
+            raise TaskMismatch("This head needs a pooler, and the base's checkpoint has none.")
+        return head
+
+    def drop(self, resident: Resident) -> None:
+        """Forgets what was made from an adapter that leaves memory."""
+        for key in [key for key in self._known if any(name == resident.key for name, _ in key)]:
+            del self._known[key]
+
+
+def pooling_of(head: Head) -> Pooling:
+    """Which state of a text a head labels."""
+    return Pooling.LAST if head.pooling is HeadPooling.LAST else Pooling.FIRST
+
+
+def label(pairs: Sequence[tuple[Head, Tensor]]) -> list[Tensor]:
+    """Logits [count, labels] for each pair's states [count, hidden]; one product for all that share a head."""
+    sharing: dict[int, list[int]] = {}
+    for index, (head, _) in enumerate(pairs):
+        sharing.setdefault(id(head), []).append(index)
+    logits: list[Tensor] = [torch.empty(0)] * len(pairs)
+    for indices in sharing.values():
+        states = [pairs[index][1] for index in indices]
+        together = pairs[indices[0]][0].logits(torch.cat(states) if len(states) > 1 else states[0])
+        for index, part in zip(indices, torch.split(together, [len(state) for state in states]), strict=True):
+            logits[index] = part
+    return logits
+
+
+def require_finite(logits: Tensor, arm: ArmSpec) -> None:
+    """Raises Rejected (NOT_FINITE) for a row of `arm` whose logits are not numbers."""
+    if not logits.isfinite().all():
+        raise not_finite(arm)
 
 
 class StatePooler:
@@ -61,9 +99,14 @@ class StatePooler:
         self._pooling = pooling
         self._state: Tensor | None = None
         self._count = 0
+        self._next = 0
 
-    def push(self, hidden: Tensor) -> None:
-        """Takes the states [tokens, hidden] of the row's next tokens."""
+    def push(self, hidden: Tensor, start: int) -> None:
+        """Takes the states [tokens, hidden] of the row's tokens from `start` on. What does not follow the states
+        before it begins anew: the row had to leave the batch."""
+        if start != self._next:
+            self._state, self._count = None, 0
+        self._next = start + hidden.shape[0]
         self._count += hidden.shape[0]
         if self._pooling is Pooling.MEAN:
             total = hidden.float().sum(0)
@@ -76,3 +119,22 @@ class StatePooler:
         if self._state is None:
             raise RuntimeError("no states were pooled")
         return self._state / self._count if self._pooling is Pooling.MEAN else self._state
+
+
+class TokenLabels:
+    """Collects the logits of one row's tokens, chunk by chunk."""
+
+    def __init__(self) -> None:
+        self._chunks: list[Tensor] = []
+        self._next = 0
+
+    def push(self, logits: Tensor, start: int) -> None:
+        """Takes the logits [tokens, labels] of the row's tokens from `start` on, like `StatePooler.push`."""
+        if start != self._next:
+            self._chunks = []
+        self._next = start + logits.shape[0]
+        self._chunks.append(logits)
+
+    def value(self) -> Tensor:
+        """All of them, [tokens, labels]."""
+        return torch.cat(self._chunks)

@@ -1,4 +1,4 @@
-"""Pure request state: what was asked, how far it is, what came of it. Knows nothing of torch, gRPC or the registry.
+"""Pure request state: what was asked, how far it is, what came of it. Knows nothing of torch, gRPC or any store.
 
 Who fills what is noted beside each field: [service] before submission, [engine] at submission, [loop] while it runs.
 """
@@ -9,7 +9,9 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from adapterbay.registry.errors import AdapterbayError
+from adapterbay.registry.errors import AdapterbayError, Rejected
+from adapterbay.registry.fusing import FusionSettings
+from adapterbay.server.weights import LayerWeights, Weight, fusion_digest
 
 
 class FinishReason(enum.Enum):
@@ -36,19 +38,50 @@ class Part:
     name: str
     version: int
     digest: str
-    weight: float = 1.0
+    weight: float = 1.0  # on its delta, and on its head
+    layer_weights: LayerWeights | None = None  # with `weight` in it; None: `weight` at every layer
+
+    @property
+    def applied(self) -> Weight:
+        """The weight on its delta, layer by layer where that makes a difference."""
+        return self.weight if self.layer_weights is None else self.layer_weights
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True, slots=True)
 class ArmSpec:
-    """What computes a row: no part is the base alone, one part an adapter, several a fusion."""
+    """What computes a row: no part is the base alone, one part an adapter, several a fusion.
+
+    `fusion` is how they are fused where that is not the weighted sum; then an adapter derived from them computes it.
+    `key` is the identity of the computation: (digest, weight) of everything that is applied, which are the parts, or
+    the derived adapter alone; a row holds one resident for each, in this order. Rows with one key may share anything.
+    """
 
     parts: tuple[Part, ...] = ()
+    fusion: FusionSettings | None = None
+    key: tuple[tuple[str, Weight], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        applied = tuple((part.digest, part.applied) for part in self.parts)
+        if self.fusion is not None:
+            applied = ((fusion_digest(applied, self.fusion), 1.0),)
+        object.__setattr__(self, "key", applied)
 
     @property
-    def key(self) -> tuple[tuple[str, float], ...]:
-        """The identity of the computation: digests with weights. Rows with one key may share anything."""
-        return tuple((part.digest, part.weight) for part in self.parts)
+    def head_weights(self) -> tuple[float, ...]:
+        """The weights of the heads that the row's residents bring."""
+        return (1.0,) if self.fusion is not None else tuple(part.weight for part in self.parts)
+
+
+def not_finite(arm: ArmSpec) -> Rejected:
+    """The error for a row whose logits are NaN or Inf; it names what computed them."""
+    who = " + ".join(f"{part.name}@{part.version}" for part in arm.parts) or "the base"
+    return Rejected(
+        f"The logits of this row are not finite: {who} overflows on this text. Other rows are unharmed.",
+        reason="NOT_FINITE",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +115,14 @@ class ClassifyTask:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassifyTokensTask:
+    """Label each of `token_ids` with the arm's head."""
+
+    token_ids: tuple[int, ...]
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EmbedTask:
     """Pool the last hidden states of `token_ids`."""
 
@@ -91,7 +132,7 @@ class EmbedTask:
     truncated: bool = False
 
 
-Task = GenerateTask | ClassifyTask | EmbedTask
+Task = GenerateTask | ClassifyTask | ClassifyTokensTask | EmbedTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +197,18 @@ class ClassifyResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassifyTokensResult:
+    """The head's output over its labels for each token, special tokens included."""
+
+    labels: tuple[str, ...]
+    logits: tuple[tuple[float, ...], ...]
+    probabilities: tuple[tuple[float, ...], ...]
+    tokens: int
+    truncated: bool
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
 class EmbedResult:
     """One vector of the base's hidden size."""
 
@@ -165,7 +218,7 @@ class EmbedResult:
     timings: Timings
 
 
-Result = GenerateResult | ClassifyResult | EmbedResult
+Result = GenerateResult | ClassifyResult | ClassifyTokensResult | EmbedResult
 Event = Delta | Result | AdapterbayError
 """What a listener hears, in order: Deltas (generation only), then one Result or one error, then nothing."""
 

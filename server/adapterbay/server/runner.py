@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +12,14 @@ from torch import Tensor
 
 from adapterbay.server.attention import AttentionPlan, Segment
 from adapterbay.server.batch import Phase, Row, Share
-from adapterbay.server.kv import BLOCK_TOKENS, BlockPool, blocks_for
-from adapterbay.server.layers import AdapterMix, Run
+from adapterbay.server.blocks import BLOCK_TOKENS, blocks_for
+from adapterbay.server.kv import BlockPool
+from adapterbay.server.mix.context import step_context
+from adapterbay.server.mix.plan import AdapterMix, Run
 from adapterbay.server.model import ServingModel
+from adapterbay.server.weights import Weight
 
-Parts = tuple[tuple[str, float], ...]
+Parts = tuple[tuple[str, Weight], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,12 @@ class Runner:
     def run(self, shares: Sequence[Share]) -> StepResult:
         """Computes one step of `shares`: decoding rows first, then prefilling ones, as the scheduler gives them."""
         order = sorted(shares, key=lambda share: (share.row.phase is not Phase.DECODE, _parts(share.row)))
-        self._blocks.zero_fresh()
+        self._blocks.zero_dirty()
+        self._write_prefixes(order)
+        states = self._encode(order)
+        computed, order = order, [share for share in order if not share.row.encoded_only]
+        if not order:
+            return StepResult(tuple(computed), None, (), states)
         ids: list[int] = []
         positions: list[int] = []
         for share in order:
@@ -52,30 +62,103 @@ class Runner:
             ends = {share.row: end for share, (_, end) in zip(order, _bounds(order), strict=True)}
             logits_at = torch.tensor([ends[row] - 1 for row in drawing], device=device)
         pooled = [share for share in order if share.row.pools]
-        with torch.inference_mode():
+        with torch.inference_mode(), self._virtual(order):
             hidden, logits = self._model.forward(
                 torch.tensor(ids, device=device),
                 torch.tensor(positions, device=device),
-                self._mix_of([(share.count, _parts(share.row)) for share in order]),
+                self._mix_of([stretch for share in order for stretch in _stretches(share)]),
                 self._attention(order),
                 logits_at=logits_at,
                 want_hidden=bool(pooled),
             )
-        states = {}
         if pooled:
             assert hidden is not None
-            states = {
+            states |= {
                 share.row: hidden[start:stop]
                 for share, (start, stop) in zip(order, _bounds(order), strict=True)
                 if share.row.pools
             }
-        return StepResult(tuple(order), logits, drawing, states)
+        return StepResult(tuple(computed), logits, drawing, states)
 
     def pool_first(self, rows: Sequence[Row], first: Tensor) -> Tensor:
         """The base's pooler over rows' first states [rows, hidden], each under its own adapters."""
         mix = self._new_mix([(1, _parts(row)) for row in rows])
         with torch.inference_mode():
             return self._model.pool(first, mix)
+
+    def _encode(self, order: Sequence[Share]) -> dict[Row, Tensor]:
+        """Has an encoder-decoder's encoder read the texts of rows that begin. Returns the states of those that end
+        with that; for the others, what their decoder will look at goes to the cache."""
+        if self._model.seq2seq is None:
+            return {}
+        begun = [share.row for share in order if share.row.source and not share.start]
+        texts = [(row, row.source) for row in begun]
+        texts += [(share.row, tuple(share.row.tokens)) for share in order if share.row.encoded_only]
+        if not texts:
+            return {}
+        ends = list(itertools.accumulate(len(text) for _, text in texts))
+        segments = tuple(Segment(end - len(text), end, None) for (_, text), end in zip(texts, ends, strict=True))
+        device = self._model.device
+        ids = torch.tensor([token for _, text in texts for token in text], device=device)
+        mix = self._new_mix([(len(text), _parts(row)) for row, text in texts])
+        with torch.inference_mode():
+            encoded = self._model.seq2seq.encode(ids, mix, AttentionPlan(causal=False, segments=segments))
+            if begun:
+                slots = torch.tensor([slot for row in begun for slot in _source_slots(row)], device=device)
+                mix = self._new_mix([(len(row.source), _parts(row)) for row in begun])
+                self._model.seq2seq.remember(encoded[: len(slots)], mix, slots, self._blocks)
+        return {
+            row: encoded[segment.start : segment.stop]
+            for (row, _), segment in zip(texts, segments, strict=True)
+            if row.encoded_only
+        }
+
+    def _sources(self, order: Sequence[Share]) -> AttentionPlan:
+        """What an encoder-decoder's decoder looks at beside its own tokens: each row at all of its text."""
+        device = self._model.device
+        decoding = [share.row for share in order if share.row.phase is Phase.DECODE]
+        segments = tuple(
+            Segment(start, stop, torch.tensor(_source_slots(share.row), device=device))
+            for share, (start, stop) in zip(order, _bounds(order), strict=True)
+            if share.row.phase is not Phase.DECODE
+        )
+        plan = AttentionPlan(causal=False, decode_rows=len(decoding), segments=segments, pool=self._blocks)
+        if decoding:
+            width = max(len(row.source_blocks) for row in decoding)
+            table = [(row.source_blocks + [0] * width)[:width] for row in decoding]
+            plan.block_table = torch.tensor(table, device=device)
+            plan.lengths = torch.tensor([len(row.source) for row in decoding], device=device)
+        return plan
+
+    def _write_prefixes(self, order: Sequence[Share]) -> None:
+        """Puts into the cache what rows that start bring with them."""
+        for row in (share.row for share in order if share.row.prefix_due is not None):
+            prefix, due = row.prefix, row.prefix_due
+            assert prefix is not None
+            assert due is not None
+            slots = torch.tensor([_slot(row, at) for at in range(due, prefix.count)], device=self._model.device)
+            self._blocks.write(slots, [keys[due:] for keys in prefix.keys], [values[due:] for values in prefix.values])
+            row.prefix_due = None
+
+    @contextmanager
+    def _virtual(self, order: Sequence[Share]) -> Iterator[None]:
+        """A context in which the input embedding gives virtual tokens what their adapters say."""
+        indices: list[int] = []
+        embeddings: list[Tensor] = []
+        for share, (start, _) in zip(order, _bounds(order), strict=True):
+            prompt = share.row.prompt
+            if prompt is not None and share.start < prompt.count:
+                part = prompt.embeddings[share.start : share.start + share.count]
+                indices.extend(range(start, start + len(part)))
+                embeddings.append(part)
+        if embeddings:
+            device = self._model.device
+            together = torch.cat(embeddings).to(device, self._model.dtype)
+            step_context.virtual = (torch.tensor(indices, device=device), together)
+        try:
+            yield
+        finally:
+            step_context.virtual = None
 
     def _mix_of(self, counts: list[tuple[int, Parts]]) -> AdapterMix | None:
         """Which token uses what. A mix stays valid while rows, order and counts do; plans look at pool layouts."""
@@ -97,7 +180,10 @@ class Runner:
 
     def _attention(self, order: Sequence[Share]) -> AttentionPlan:
         if not self._model.causal:
-            segments = tuple(Segment(start, stop, None) for start, stop in _bounds(order))
+            segments = tuple(
+                Segment(start, stop, None, share.row.prefix)
+                for share, (start, stop) in zip(order, _bounds(order), strict=True)
+            )
             return AttentionPlan(causal=False, segments=segments)
         device = self._model.device
         decoding = [share for share in order if share.row.phase is Phase.DECODE]
@@ -127,16 +213,30 @@ class Runner:
             table = [(share.row.blocks[:width] + [0] * width)[:width] for share in decoding]
             plan.lengths = torch.tensor(lengths, device=device)
             plan.block_table = torch.tensor(table, device=device)
+        if self._model.seq2seq is not None:
+            plan.sources = self._sources(order)
         return plan
 
 
 def _parts(row: Row) -> Parts:
-    weights = row.request.arm.parts
-    return tuple((resident.key, part.weight) for resident, part in zip(row.residents, weights, strict=True))
+    applied = row.request.arm.key
+    return tuple((resident.key, weight) for resident, (_, weight) in zip(row.residents, applied, strict=True))
+
+
+def _stretches(share: Share) -> list[tuple[int, Parts]]:
+    """How many of the share's tokens are computed with what, in order. Before its activation a row is the base."""
+    before = min(max(share.row.active_from - share.start, 0), share.count)
+    stretches: list[tuple[int, Parts]] = [(before, ()), (share.count - before, _parts(share.row))]
+    return [(count, parts) for count, parts in stretches if count]
 
 
 def _slot(row: Row, position: int) -> int:
     return row.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+
+
+def _source_slots(row: Row) -> list[int]:
+    """Where what the decoder sees of a row's text lies in the cache."""
+    return [row.source_blocks[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS for at in range(len(row.source))]
 
 
 def _bounds(order: Sequence[Share]) -> list[tuple[int, int]]:

@@ -38,6 +38,19 @@ def fused(*pairs: tuple[str, float]) -> types_pb2.Fusion:
     return types_pb2.Fusion(adapters=[types_pb2.WeightedAdapter(adapter=a, weight=w) for a, w in pairs])
 
 
+def methodical(*pairs: tuple[str, float], **settings: object) -> pb.GenerateRequest:
+    """A fusion of `pairs`, or of two adapters, with settings."""
+    chosen = fused(*(pairs or (("tales", 1), ("songs", 1))))
+    chosen.MergeFrom(types_pb2.Fusion(**settings))  # type: ignore[arg-type]
+    return pb.GenerateRequest(fusion=chosen, prompt="a")
+
+
+def layered(layers: str, weight: float = 1.0, count: int = 1) -> pb.GenerateRequest:
+    rules = [types_pb2.LayerWeight(layers=layers, weight=weight)] * count
+    entry = types_pb2.WeightedAdapter(adapter="tales", weight=1.0, layer_weights=rules)
+    return pb.GenerateRequest(fusion=types_pb2.Fusion(adapters=[entry]), prompt="a")
+
+
 def chat(*messages: tuple[str, str]) -> types_pb2.Conversation:
     return types_pb2.Conversation(messages=[types_pb2.ChatMessage(role=r, content=c) for r, c in messages])
 
@@ -71,6 +84,28 @@ GENERATE = {
         pb.GenerateRequest(fusion=fused(("tales", 1), ("tales@1", 2)), prompt="a"),
         "fusion.adapters[1].adapter",
     ),
+    "65 adapters": (methodical(*((f"a{i}", 1.0) for i in range(65))), "fusion.adapters"),
+    "one adapter by ties": (methodical(("tales", 0.5), method=types_pb2.FUSION_METHOD_TIES), "fusion.method"),
+    "no such method": (methodical(method=99), "fusion.method"),
+    "no such sign": (methodical(method=types_pb2.FUSION_METHOD_TIES, majority_sign=9), "fusion.majority_sign"),
+    "density of linear": (methodical(density=0.5), "fusion.density"),
+    "density of svd": (methodical(method=types_pb2.FUSION_METHOD_SVD, density=0.5), "fusion.density"),
+    "density above 1": (methodical(method=types_pb2.FUSION_METHOD_TIES, density=1.5), "fusion.density"),
+    "density nan": (methodical(method=types_pb2.FUSION_METHOD_TIES, density=NAN), "fusion.density"),
+    "sign without ties": (
+        methodical(method=types_pb2.FUSION_METHOD_DARE_LINEAR, majority_sign=types_pb2.MAJORITY_SIGN_TOTAL),
+        "fusion.majority_sign",
+    ),
+    "rank of ties": (methodical(method=types_pb2.FUSION_METHOD_TIES, rank=4), "fusion.rank"),
+    "rank 0": (methodical(method=types_pb2.FUSION_METHOD_SVD, rank=0), "fusion.rank"),
+    "seed of cat": (methodical(method=types_pb2.FUSION_METHOD_CAT, seed=1), "fusion.seed"),
+    "seed of 64 bits": (methodical(method=types_pb2.FUSION_METHOD_DARE_TIES, seed=2**63), "fusion.seed"),
+    "no layers": (layered(""), "fusion.adapters[0].layer_weights[0].layers"),
+    "a regex for layers": (layered("(a+)+$"), "fusion.adapters[0].layer_weights[0].layers"),
+    "nan for layers": (layered("q_proj", NAN), "fusion.adapters[0].layer_weights[0].weight"),
+    "257 layers": (layered("q_proj", count=257), "fusion.adapters[0].layer_weights"),
+    "layers that are not there": (layered("layers.99"), "fusion.adapters.layer_weights"),
+    "unequal ranks": (methodical(method=types_pb2.FUSION_METHOD_TIES), "fusion.method"),
     "no input": (pb.GenerateRequest(base=True), "input"),
     "empty prompt": (generate(prompt=""), "prompt"),
     "long prompt": (generate(prompt=LONG), "prompt"),

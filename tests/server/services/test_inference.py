@@ -178,6 +178,41 @@ def test_fused_heads_and_heads_of_other_sizes(inference: Stub) -> None:
     assert [score.label for score in stars.classifications[0].scores] == ["bad", "so-so", "good"]
 
 
+def test_a_fusion_by_a_method_says_how_it_was_made(inference: Stub, served: Served) -> None:
+    parts = fusion(tales=0.5, songs=-0.25)
+    parts.adapters[0].layer_weights.add(layers="layers.0-1", weight=2.0)
+    linear = inference.Generate(pb.GenerateRequest(prompt="Once", sampling=GREEDY, fusion=parts))
+    assert not linear.provenance.HasField("fusion")
+    uses = linear.provenance.adapters
+    assert [[(rule.layers, rule.weight) for rule in use.layer_weights] for use in uses] == [[("layers.0-1", 2.0)], []]
+    parts.method = types_pb2.FUSION_METHOD_DARE_TIES_SVD
+    parts.rank = 4
+    fused = inference.Generate(pb.GenerateRequest(prompt="Once", sampling=GREEDY, fusion=parts))
+    use = fused.provenance.fusion
+    assert use.digest.startswith("fusion:sha256:")
+    assert (use.method, use.density, use.majority_sign, use.rank, use.seed) == (
+        types_pb2.FUSION_METHOD_DARE_TIES_SVD,
+        0.5,
+        types_pb2.MAJORITY_SIGN_TOTAL,
+        4,
+        0,
+    )
+    assert fused.provenance.adapters == uses
+    assert fused.generation.token_ids != linear.generation.token_ids
+    parts.seed = 1
+    other = inference.Generate(pb.GenerateRequest(prompt="Once", sampling=GREEDY, fusion=parts))
+    assert other.provenance.fusion.digest != use.digest
+    assert use.digest in served.engine.adapters.resident()
+    cat = types_pb2.Fusion(adapters=parts.adapters, method=types_pb2.FUSION_METHOD_CAT)
+    arms = [pb.Arm(fusion=cat), pb.Arm(fusion=fusion(tales=1.0)), pb.Arm(adapter="tales")]
+    compared = inference.Compare(
+        pb.CompareRequest(arms=arms, inputs=[pb.CompareInput(text="Once")], generate=pb.GenerateTask(sampling=GREEDY))
+    )
+    texts = {answer.arm_index: answer.generation.token_ids for answer in compared}
+    assert texts[0] == linear.generation.token_ids, "cat is the weighted sum as one adapter"
+    assert texts[1] == texts[2], "a scale of 1 is none"
+
+
 def test_truncate_cuts_at_the_base_and_says_so(inference: Stub) -> None:
     long, short = "z" * 600, "z"
     response = inference.Classify(pb.ClassifyRequest(adapter="sentiment", texts=[long, short], truncate=True))

@@ -1,4 +1,4 @@
-"""`trainer run CONFIG.yaml [--key value …]`. Imports no torch until a run begins."""
+"""`trainer run CONFIG.yaml [--key value …]` and `trainer import-adapterhub`. No torch is imported before it is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 
 from adapterbay.registry.console import USAGE_EXIT_CODE, guarded, write_json
-from adapterbay.registry.errors import AdapterbayError, Cancelled
+from adapterbay.registry.errors import AdapterbayError, Cancelled, MissingExtra
 from adapterbay.registry.threads import be_a_good_neighbour
 from adapterbay.trainer import StepReport, TrainingResult, load_config, parse_flags, run
 
@@ -52,6 +52,39 @@ def run_command(
             _summary(result)
         if as_json:
             write_json(_as_json(result))
+
+
+@app.command("import-adapterhub")
+def import_command(
+    folder: Annotated[Path, typer.Argument(help="What model.save_adapter of the AdapterHub library wrote.")],
+    output: Annotated[Path, typer.Argument(help="The folder to make, for `registry push`.")],
+    head: Annotated[bool, typer.Option("--head/--no-head", help="Take the head along, if there is one.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Convert a bottleneck adapter of the AdapterHub library (`adapters`) into a folder that can be pushed.
+
+    Files in safetensors are read, and .bin files that hold plain tensors only: nothing is ever unpickled.
+    """
+    with _reported_errors():
+        try:
+            from adapterbay.base.adapterhub import import_adapterhub
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("adapterbay"):
+                raise
+            raise MissingExtra(
+                f"The conversion needs {error.name}; install it with `pip install 'adapterbay[trainer]'`."
+            ) from error
+        found = import_adapterhub(folder, output, head=head)
+        config = found.config
+        if as_json:
+            labels, left_out = list(found.labels), list(found.left_out)
+            write_json({"output": str(output), "task": found.task, "labels": labels, "left_out": left_out})
+            return
+        where = "before normalization layers" if config.through_norm else "behind linear layers"
+        typer.echo(
+            f"{output}: {len(config.target_modules)} bottlenecks of size {config.bottleneck_size} {where}, "
+            f"{found.task}{', without ' + ' and '.join(found.left_out) if found.left_out else ''}"
+        )
 
 
 def _as_json(result: TrainingResult) -> dict[str, object]:

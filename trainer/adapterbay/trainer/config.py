@@ -138,6 +138,23 @@ class LoraSettings(Section):
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
 
 
+class MethodSettings(Section):
+    """What is trained: LoRA, by the section `lora`, or bottleneck adapters, by the rest of this section."""
+
+    name: Literal["lora", "bottleneck"] = "lora"
+    preset: Literal["houlsby", "pfeiffer"] = "pfeiffer"
+    """pfeiffer: half of Houlsby's parameters and as good (Pfeiffer et al. 2021, arXiv:2005.00247)."""
+    behind: Annotated[list[str], BeforeValidator(_one_or_many)] | None = None
+    """Name endings of the linear layers behind which a bottleneck sits. None: those of the preset."""
+    reduction_factor: Annotated[float, Field(ge=1)] = 16
+    """The width is hidden / this; 16 in Pfeiffer et al. 2021, and in the AdapterHub library."""
+    non_linearity: Literal["relu", "gelu", "gelu_new", "leaky_relu", "swish", "silu", "tanh"] | None = None
+    """None: the preset's own, relu for pfeiffer and swish for houlsby."""
+    scaling: float = 1.0
+    layer_norm_before: bool = False
+    adapter_dropout: Fraction = 0.0
+
+
 class OptimizationSettings(Section):
     """The optimizer (AdamW), its schedule, and what a step is made of."""
 
@@ -179,6 +196,7 @@ class TrainingConfig(Section):
     base: str | None = None
     """`hub:ORG/REPO`, `gguf:PATH`, `package:NAME` or a folder. None: the default base, SmolLM2-135M-Instruct."""
     data: DataSettings
+    method: MethodSettings = MethodSettings()
     lora: LoraSettings = LoraSettings()
     optimization: OptimizationSettings = OptimizationSettings()
     max_length: Annotated[int, Field(ge=2)] = 256
@@ -229,7 +247,24 @@ def impossible_combinations(config: TrainingConfig) -> list[Problem]:
         found.append(Problem("lora.target_modules", "names no module; leave it out for all-linear"))
     if config.lora.layers is not None and not config.lora.layers:
         found.append(Problem("lora.layers", "names no layer; leave it out for all of them"))
+    found += _of_another_method(config)
     names = list(data.label_names.values())
     if data.label_names and len(set(names)) < 2:
         found.append(Problem("data.label_names", "names fewer than two classes"))
+    return found
+
+
+def _of_another_method(config: TrainingConfig) -> list[Problem]:
+    method = config.method
+    if method.name == "lora":
+        given = sorted(method.model_fields_set - {"name"})
+        return [Problem(f"method.{name}", "is for method.name bottleneck only") for name in given]
+    found = [
+        Problem(f"lora.{name}", f"has no use for method.name {method.name}; see method")
+        for name in sorted(config.lora.model_fields_set)
+    ]
+    if method.behind is not None and not method.behind:
+        found.append(Problem("method.behind", "names no module; leave it out for those of the preset"))
+    if method.scaling == 0:
+        found.append(Problem("method.scaling", "0 means an adapter that changes nothing"))
     return found

@@ -1,21 +1,76 @@
-"""LoRA onto a loaded base: which modules the settings mean, checked before PEFT is asked.
+"""A method onto a loaded base: which modules the settings mean, checked before anything is put there.
 
-Issue "The trainer, whole" adds other methods beside `lora`; each is a function from model and settings to a PEFT model.
+Each method is a function from model and settings to a model of which only the adapter is trainable: a PEFT model, or
+for bottlenecks, which PEFT does not have, our own.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from adapterbay.registry.errors import InvalidArgument
-from adapterbay.trainer.config import LoraSettings
+from adapterbay.base.bottleneck import PRESETS, BottleneckConfig, BottleneckModel, Placement, attach, placement
+from adapterbay.registry.errors import InvalidArgument, Rejected
+from adapterbay.trainer.config import LoraSettings, MethodSettings, TrainingConfig
 from adapterbay.trainer.tasks.base import HEADS, LoadedModel
 
 _LAYER_INDEX = re.compile(r"(?:^|.*?\.)(\d+)\.")
+
+
+def adapted(loaded: LoadedModel, config: TrainingConfig, peft_task_type: str) -> Any:
+    """The model with a fresh adapter of the method that the settings name; only it, and new modules, are trainable.
+
+    Raises InvalidArgument if a name in the settings matches nothing.
+    """
+    if config.method.name == "bottleneck":
+        return bottleneck(loaded, config.method, peft_task_type)
+    return lora(loaded, config.lora, peft_task_type)
+
+
+def in_trainer(model: Any) -> Any:
+    """What transformers' Trainer is given: it knows PEFT's models, and beside those only its own."""
+    return model.model if isinstance(model, BottleneckModel) else model
+
+
+def save(model: Any, folder: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors, without copies of the base's embeddings."""
+    if isinstance(model, BottleneckModel):
+        model.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def bottleneck(loaded: LoadedModel, settings: MethodSettings, peft_task_type: str) -> BottleneckModel:
+    """The model with fresh bottleneck adapters. Raises InvalidArgument if a name in `behind` matches nothing."""
+    linear = linear_modules(loaded.model, loaded.new_modules)
+    if settings.behind is not None:
+        _check_named("method.behind", linear, settings.behind, "leave it out for those of the preset")
+        where = Placement(tuple(sorted(set(settings.behind))))
+    else:
+        try:
+            where = placement(settings.preset, loaded.model.config.get_text_config().model_type)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"method.behind: {error.message}", field="method.behind") from error
+    heads = [name for name in HEADS if peft_task_type == "SEQ_CLS"]  # as PEFT has it
+    try:
+        config = BottleneckConfig(
+            target_modules=where.target_modules,
+            exclude_modules=where.exclude_modules,
+            reduction_factor=settings.reduction_factor,
+            non_linearity=settings.non_linearity or PRESETS[settings.preset],
+            scaling=settings.scaling,
+            layer_norm_before=settings.layer_norm_before,
+            adapter_dropout=settings.adapter_dropout,
+            modules_to_save=tuple(sorted({*loaded.new_modules, *heads})),
+            task_type=peft_task_type,
+        )
+        return attach(loaded.model, config)
+    except Rejected as error:
+        raise InvalidArgument(f"method: {error.message}", field="method") from error
 
 
 def lora(loaded: LoadedModel, settings: LoraSettings, peft_task_type: str) -> Any:
@@ -68,14 +123,19 @@ def _targets(linear: dict[str, nn.Module], settings: LoraSettings) -> list[str]:
     endings = sorted({name.rpartition(".")[2] for name in linear})
     if settings.target_modules == "all-linear":
         return endings
-    unknown = [name for name in settings.target_modules if not any(_is_one_of(module, [name]) for module in linear)]
-    if unknown:
-        raise InvalidArgument(
-            f"lora.target_modules: {', '.join(unknown)} matches no linear module of this base; it has "
-            f"{', '.join(endings)}. Name some of them, or use all-linear.",
-            field="lora.target_modules",
-        )
+    _check_named("lora.target_modules", linear, settings.target_modules, "use all-linear")
     return sorted(set(settings.target_modules))
+
+
+def _check_named(field: str, linear: dict[str, nn.Module], names: Sequence[str], otherwise: str) -> None:
+    unknown = [name for name in names if not any(_is_one_of(module, [name]) for module in linear)]
+    if unknown:
+        endings = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise InvalidArgument(
+            f"{field}: {', '.join(unknown)} matches no linear module of this base; it has {endings}. Name some of "
+            f"them, or {otherwise}.",
+            field=field,
+        )
 
 
 def _check_layers(linear: dict[str, nn.Module], targets: list[str], settings: LoraSettings) -> None:

@@ -66,7 +66,8 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 def write_card(folder: Path, record: Mapping[str, Any], hub_base: str | None) -> None:
     """README.md: a model card as the Hub reads it. `base_model` is only written for a base that the Hub has."""
-    header = ["---", "library_name: peft", f"pipeline_tag: {_PIPELINES[record['task']]}", "tags:", "- adapterbay"]
+    library = "peft" if record["settings"]["method"]["name"] == "lora" else "adapterbay"
+    header = ["---", f"library_name: {library}", f"pipeline_tag: {_PIPELINES[record['task']]}", "tags:", "- adapterbay"]
     if hub_base is not None:
         header += [f"- base_model:adapter:{hub_base}", f"base_model: {hub_base}"]
     metrics = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(record["metrics"].items()))
@@ -75,7 +76,7 @@ def write_card(folder: Path, record: Mapping[str, Any], hub_base: str | None) ->
 
 # Adapter for {record["base"]["reference"]}
 
-A {record["task"]} LoRA adapter of rank {settings["lora"]["rank"]} with
+A {record["task"]} {_method(settings)} with
 {record["trainable_parameters"]:,} trained parameters, made by adapterbay from {data["train_rows"]} rows of
 `{data["source"]}`; {data["eval_rows"]} rows were held out.
 {"Labels: " + ", ".join(record["labels"]) + "." if record["labels"] else ""}
@@ -90,6 +91,14 @@ Everything else is in `training.json`.
 ![loss](loss.png)
 """
     (folder / "README.md").write_text("\n".join(header) + "\n" + body, encoding="utf-8")
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    if settings["method"]["name"] == "lora":
+        return f"LoRA adapter of rank {settings['lora']['rank']}"
+    return (
+        f"bottleneck adapter ({settings['method']['preset']}, hidden size / {settings['method']['reduction_factor']:g})"
+    )
 
 
 _PIPELINES = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}

@@ -96,17 +96,17 @@ def _inputs(config: TrainingConfig, progress: ProgressListener) -> _Inputs:
 def _train(
     config: TrainingConfig, inputs: _Inputs, precision: Precision, staging: Path, progress: ProgressListener
 ) -> tuple[Any, dict[str, float], list[dict[str, float]]]:
-    """The trained PEFT model, its metrics on held-out data, and the losses on the way."""
+    """The trained model, its metrics on held-out data, and the losses on the way."""
     train, evaluation, task = inputs.train, inputs.evaluation, inputs.task
     progress.stage(f"loading {inputs.base.reference}")
     set_seed(config.seed)
     loaded = _load(task, inputs.base)
     _check_length(config, loaded.model)
     collator = task.collator(loaded.model, [*train.examples, *evaluation.examples])
-    model = methods.lora(loaded, config.lora, task.peft_task_type)
+    model = methods.adapted(loaded, config, task.peft_task_type)
     scratch = staging / "scratch"
     trainer = make_trainer(
-        model,
+        methods.in_trainer(model),
         task,
         train,
         evaluation,
@@ -206,7 +206,7 @@ def _record(
 
 def _write(staging: Path, model: Any, record: Mapping[str, Any], base: BaseFiles) -> None:
     try:
-        model.save_pretrained(staging, save_embedding_layers=False)
+        methods.save(model, staging)
     except SafetensorError as error:
         if f"os error {errno.ENOSPC}" in str(error):  # safetensors has no error of its own for a full disk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error

@@ -17,10 +17,10 @@ Used at push, and again when a server loads the files. The reasons of `Rejected`
     BAD_HEADER          a safetensors header that contradicts itself or the file
     TOO_LARGE           a file, a header or a document over its limit
     RANK_TOO_LARGE      a rank over its limit
-    UNSUPPORTED_DTYPE   tensors that are not floating point of 16, 32 or 64 bits
-    UNKNOWN_TENSOR      a tensor that is no part of a LoRA adapter or a head, or that its config would ignore
+    UNSUPPORTED_DTYPE   tensors that are not floating point of 16, 32 or 64 bits, or indices that are not whole
+    UNKNOWN_TENSOR      a tensor that is no part of the adapter's method or a head, or that its config would ignore
     UNKNOWN_MODULE      a tensor for a module that the base does not have
-    MISSING_TENSOR      A without B, B without A, or a classifier without a head
+    MISSING_TENSOR      a part of a module without its partners, such as A without B, or a classifier without a head
     SHAPE_MISMATCH      shapes that contradict the base, the config or the labels
     NOT_FINITE          NaN or infinity, or values so large that they become infinity in bfloat16
     BAD_MANIFEST        a manifest that is not valid, or not written in its canonical form
@@ -31,28 +31,46 @@ A method or setting that is known and not served is UnsupportedMethod; an adapte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from adapterbay.registry.admission.documents import read_bytes, read_document
-from adapterbay.registry.admission.lora_config import LoraSettings, read_settings
-from adapterbay.registry.admission.lora_tensors import AdaptedModule, Head, match_tensors
+from adapterbay.registry.admission.lora_modules import lora_modules, variants
+from adapterbay.registry.admission.matching import match_tensors
+from adapterbay.registry.admission.methods import Method, Settings
+from adapterbay.registry.admission.methods.lora import initialisation
+from adapterbay.registry.admission.peft_fields import read_method
+from adapterbay.registry.admission.places import Base, Place
+from adapterbay.registry.admission.report import (
+    AdaptedModule,
+    AdaptedSite,
+    AdmissionReport,
+    Head,
+    Matched,
+    TrainedTokens,
+)
 from adapterbay.registry.admission.safetensors_file import Header, open_source, read_header, refuse_other_formats
-from adapterbay.registry.admission.tensor_values import check_finite, read_factor
+from adapterbay.registry.admission.values import check_values
 from adapterbay.registry.errors import NoEffect, Rejected
 from adapterbay.registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, inside_path
 
-__all__ = ["AdaptedModule", "AdmissionReport", "Head", "Limits", "admit", "check_path", "check_prefix"]
+__all__ = [
+    "AdaptedModule",
+    "AdaptedSite",
+    "AdmissionReport",
+    "Head",
+    "Limits",
+    "TrainedTokens",
+    "admit",
+    "check_path",
+    "check_prefix",
+]
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
 CODE_SUFFIXES: Final = frozenset({".dll", ".dylib", ".py", ".pyc", ".pyd", ".pyi", ".pyz", ".sh", ".so"})
-
-MAX_DELTA: Final = 1e38
-"""Of scaling * max|A| * max|B|: beyond it an output may be infinity (the largest bfloat16 is 3.39e38)."""
-MIN_DELTA: Final = 1e-57
-"""Below it every output is zero: the smallest float32 is 1.4e-45, and no input of a layer is near 1e12."""
 
 HOW_TO_CONVERT: Final = (
     "Load the adapter once where you trust it, with PeftModel.from_pretrained(base, FOLDER), and save it with "
@@ -68,20 +86,8 @@ class Limits:
     header_bytes: int = 16 * 2**20
     document_bytes: int = 8 * 2**20
     rank: int = 512
+    virtual_tokens: int = 8192
     tensors: int = 100_000
-
-
-@dataclass(frozen=True, slots=True)
-class AdmissionReport:
-    """What the files are. `rank` is the largest over the modules; `parameters` counts every value, head included."""
-
-    peft_type: str
-    config: dict[str, Any]
-    modules: tuple[AdaptedModule, ...]
-    head: Head | None
-    rank: int
-    parameters: int
-    findings: tuple[str, ...]
 
 
 def admit(
@@ -97,25 +103,39 @@ def admit(
     `labels`, if given, must be as many as the head has rows. Raises Rejected, UnsupportedMethod or NoEffect.
     """
     limits = limits or Limits()
-    config, settings, header = understand(files, limits)
-    weights = files[WEIGHTS_FILE]
-    matched = match_tensors(header, config, settings, base_shapes, base_config)
-    rank = max((module.rank for module in matched.modules), default=0)
-    if rank > limits.rank:
-        raise Rejected(f"The rank {rank} is over the limit of {limits.rank}.", reason="RANK_TOO_LARGE")
+    config, method, header = understand(files, limits)
+    settings, base = Settings(config), Base(base_shapes, base_config)
+    matched = match_tensors(header, method, settings, base)
+    modules = lora_modules(matched, settings) if method.peft_type == "LORA" else ()
+    rank, virtual = _check_sizes(matched, method, settings, base, limits)
     if labels is not None and matched.head is not None and len(labels) != matched.head.labels:
         raise Rejected(
             f"The head has {matched.head.labels} rows, but there are {len(labels)} labels.", reason="SHAPE_MISMATCH"
         )
-    idle = _check_values(weights, header, matched.modules, matched.head)
-    findings = list(_describe(settings, matched.modules, matched.head))
+    idle = check_values(files[WEIGHTS_FILE], header, matched, modules, method, settings, base)
+    findings = list(_describe(method, settings, matched, modules, virtual))
     if idle:
-        findings.append(f"{idle} of {len(matched.modules)} modules change nothing (a factor is all zero)")
-    parameters = sum(_count(tensor.shape) for tensor in header.tensors.values())
-    return AdmissionReport("LORA", config, matched.modules, matched.head, rank, parameters, tuple(findings))
+        findings.append(f"{idle} of {len(matched.sites)} modules change nothing (a factor is all zero)")
+    return AdmissionReport(
+        peft_type=method.peft_type,
+        config=config,
+        modules=modules,
+        head=matched.head,
+        rank=rank,
+        parameters=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
+        findings=tuple(findings),
+        sites=matched.sites,
+        shared=matched.shared,
+        tokens=matched.tokens,
+        saved=matched.saved,
+        copies=matched.copies,
+        virtual_tokens=virtual,
+        initialisation=initialisation(settings) if method.peft_type == "LORA" else None,
+        invocation=settings.integers("alora_invocation_tokens") if method.peft_type == "LORA" else (),
+    )
 
 
-def understand(files: Mapping[str, Path | bytes], limits: Limits) -> tuple[dict[str, Any], LoraSettings, Header]:
+def understand(files: Mapping[str, Path | bytes], limits: Limits) -> tuple[dict[str, Any], Method, Header]:
     """What can be checked without the base: the kinds of the files, the settings, the header of the tensors.
 
     Raises Rejected, UnsupportedMethod or NoEffect.
@@ -132,7 +152,7 @@ def understand(files: Mapping[str, Path | bytes], limits: Limits) -> tuple[dict[
                 f"{required} is missing: it is not a folder that PEFT's save_pretrained wrote.", reason="MISSING_FILE"
             )
     config = read_document(files[CONFIG_FILE], CONFIG_FILE, limits.document_bytes)
-    return config, read_settings(config), _read_weights_header(files[WEIGHTS_FILE], limits)
+    return config, read_method(config), _read_weights_header(files[WEIGHTS_FILE], limits)
 
 
 def check_path(path: str) -> None:
@@ -190,48 +210,47 @@ def _read_weights_header(source: Path | bytes, limits: Limits) -> Header:
     return header
 
 
-def _check_values(source: Path | bytes, header: Header, modules: Sequence[AdaptedModule], head: Head | None) -> int:
-    """Reads every value once. Returns how many modules change nothing; raises NoEffect if that is all there is."""
-    idle = 0
-    with open_source(source, WEIGHTS_FILE) as file:
-        for module in modules:
-            a = read_factor(file, header.tensors[module.a_key], WEIGHTS_FILE, rank_axis=0)
-            b = read_factor(file, header.tensors[module.b_key], WEIGHTS_FILE, rank_axis=1)
-            delta = abs(module.scaling) * a.largest * b.largest
-            if delta > MAX_DELTA:
-                raise Rejected(
-                    f"{WEIGHTS_FILE} was refused: on {module.name} the scaling {module.scaling:.3g} times the largest "
-                    f"values of A ({a.largest:.3g}) and B ({b.largest:.3g}) becomes infinity.",
-                    reason="NOT_FINITE",
-                    metadata={"module": module.name},
-                )
-            # B A is zero if no rank has both a row of A and a column of B.
-            idle += not ((a.ranks & b.ranks).any() and delta > MIN_DELTA)
-        for key in head.keys if head else ():
-            check_finite(file, header.tensors[key], WEIGHTS_FILE)
-    if head is None and idle == len(modules):
-        raise NoEffect(
-            "The adapter changes nothing: on every module B A is zero, so it would answer as the base does. "
-            "Was it saved before it was trained?"
+def _check_sizes(matched: Matched, method: Method, settings: Settings, base: Base, limits: Limits) -> tuple[int, int]:
+    """The largest rank, and the number of virtual tokens. Raises Rejected: RANK_TOO_LARGE or TOO_LARGE."""
+    places = [place for site in matched.sites if (place := _place_of(site, base)) is not None]
+    ranks = [method.rank(settings, place) for place in places] or [method.rank(settings, None)]
+    rank = max(ranks)
+    if rank > limits.rank:
+        raise Rejected(f"The rank {rank} is over the limit of {limits.rank}.", reason="RANK_TOO_LARGE")
+    virtual = settings.integer("num_virtual_tokens", 0, least=0) if method.virtual else 0
+    if virtual > limits.virtual_tokens:
+        raise Rejected(
+            f"The adapter has {virtual} virtual tokens, over the limit of {limits.virtual_tokens}.", reason="TOO_LARGE"
         )
-    return idle
+    return rank, virtual
 
 
-def _describe(settings: LoraSettings, modules: Sequence[AdaptedModule], head: Head | None) -> list[str]:
+def _place_of(site: AdaptedSite, base: Base) -> Place | None:
+    return base.attention(site.name) if site.kind == "attention" else base.place(site.name)
+
+
+def _describe(
+    method: Method, settings: Settings, matched: Matched, modules: Sequence[AdaptedModule], virtual: int
+) -> list[str]:
     found = []
+    kinds = ", ".join(sorted({site.name.rpartition(".")[2] for site in matched.sites}))
     if modules:
         ranks = sorted({module.rank for module in modules})
-        kinds = sorted({module.name.rpartition(".")[2] for module in modules})
         text = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        method = "rsLoRA" if settings.use_rslora else "LoRA"
-        found.append(f"{method} of rank {text} on {len(modules)} modules ({', '.join(kinds)})")
+        name = "rsLoRA" if settings.flag("use_rslora") else "LoRA"
+        found.append(f"{name} of rank {text} on {len(modules)} modules ({kinds})")
+        found += variants(settings, modules)
+    elif matched.sites:
+        found.append(f"{method.title} on {len(matched.sites)} modules ({kinds})")
+    elif virtual:
+        found.append(f"{method.title} of {virtual} virtual tokens")
+    found += [f"{len(rows.tokens)} trained tokens in {rows.name}" for rows in matched.tokens]
+    if matched.saved:
+        names = ", ".join(sorted({site.name.rpartition(".")[2] for site in matched.saved}))
+        found.append(f"{len(matched.saved)} modules of the base replaced, in whole or their biases ({names})")
+    if matched.copies:
+        found.append(f"copies of the base's own {', '.join(site.name for site in matched.copies)}")
+    head = matched.head
     if head:
         found.append(f"a head {head.name} with {head.labels} rows{' and a bias' if head.has_bias else ''}")
     return found
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -21,6 +21,7 @@ from adapterbay.registry.digest import is_digest
 from adapterbay.registry.errors import BaseMismatch, Rejected, shown
 from adapterbay.registry.local.blobs import Staged
 from adapterbay.registry.manifest import (
+    HEAD_TASKS,
     README_FILE,
     TRAINING_FILE,
     FileEntry,
@@ -127,7 +128,7 @@ def _as_claimed(
     for key, wanted in said.items():
         if wanted is not None and wanted != getattr(claimed, key):
             raise mismatch(f"you gave another {key}")
-    if (claimed.task == "sequence-classification") != (report.head is not None):
+    if (claimed.task in HEAD_TASKS) != (report.head is not None):
         raise mismatch(f"its task is {claimed.task}, {'but it has' if report.head else 'and it lacks'} a head")
     if report.head is not None and len(claimed.labels) != report.head.labels:
         raise mismatch(f"it has {len(claimed.labels)} labels for the {report.head.labels} rows of its head")

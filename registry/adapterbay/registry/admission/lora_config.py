@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
+from adapterbay.registry.admission.heads import ROOTS
+from adapterbay.registry.admission.methods import Settings
+from adapterbay.registry.admission.methods.lora import initialisation, variant
+from adapterbay.registry.admission.methods.settings import as_integer, as_number
 from adapterbay.registry.admission.patterns import ModulePatterns
-from adapterbay.registry.admission.peft_fields import check_fields
-from adapterbay.registry.errors import Rejected, UnsupportedMethod
+from adapterbay.registry.admission.peft_fields import read_method
+from adapterbay.registry.errors import UnsupportedMethod
 
-HEAD_MODULES: Final = ("score", "classifier")
-"""The heads of transformers' *ForSequenceClassification that are one linear layer."""
+_IN_TRAINING_ONLY: Final = frozenset({"init_lora_weights"})
+"""MiCA, a variant that computes nothing else once it is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,93 +44,54 @@ class LoraSettings:
 
 
 def read_settings(config: Mapping[str, Any]) -> LoraSettings:
-    """Reads adapter_config.json. Raises UnsupportedMethod, or Rejected: UNKNOWN_CONFIG_KEY, BAD_CONFIG, BAD_PATTERN."""
-    check_fields(config)
-    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
-        _names(config, key)
-    _check_targets(config)
-    if config.get("bias", "none") is None:
-        _refuse("bias", None, "'none'")
-    if not 0 <= config.get("lora_dropout", 0) <= 1:
-        _refuse("lora_dropout", config["lora_dropout"], "a number between 0 and 1")
-    layers = config.get("layers_to_transform")
-    if layers is not None and not (_is_int(layers) or (isinstance(layers, list) and all(map(_is_int, layers)))):
-        _refuse("layers_to_transform", layers, "a number or a list of numbers")
-    use_rslora = config.get("use_rslora")
-    if use_rslora is not None and not isinstance(use_rslora, bool):
-        _refuse("use_rslora", use_rslora, "true or false")
-    _check_heads(config)
-    ranks = {key: _rank("rank_pattern", value) for key, value in _pattern(config, "rank_pattern").items()}
-    alphas = {key: _alpha("alpha_pattern", value) for key, value in _pattern(config, "alpha_pattern").items()}
+    """Reads adapter_config.json. Raises UnsupportedMethod, also for a method that is not LoRA, or Rejected:
+    UNKNOWN_CONFIG_KEY, BAD_CONFIG, BAD_PATTERN.
+    """
+    method = read_method(config)
+    if method.peft_type != "LORA":
+        raise UnsupportedMethod(
+            f"The adapter's method is {method.title}, and only LoRA has factors that can be taken apart.",
+            metadata={"peft_type": method.peft_type},
+        )
+    return lora_settings(Settings(config))
+
+
+def plain_settings(config: Mapping[str, Any]) -> LoraSettings:
+    """As `read_settings`, for an adapter that is scaling · B A and at most a head.
+
+    Raises UnsupportedMethod for what does more.
+    """
+    numbers, settings = read_settings(config), Settings(config)
+    more = variant(settings)
+    more = None if more in _IN_TRAINING_ONLY else more
+    if more is None and initialisation(settings) is not None:
+        more = "init_lora_weights"
+    if more is None and settings.flag("lora_bias"):
+        more = "lora_bias"
+    if more is None and settings.config.get("bias") not in (None, "none"):
+        more = "bias"
+    if more is None and settings.config.get("trainable_token_indices"):
+        more = "trainable_token_indices"
+    if more is None and any(name.partition(".")[0] not in ROOTS for name in settings.names("modules_to_save")):
+        more = "modules_to_save"
+    if more is not None:
+        raise UnsupportedMethod(
+            f"The adapter has {more}={repr(config.get(more))[:80]}, so that its A and B are not all that it changes.",
+            metadata={"peft_type": "LORA", "field": more},
+        )
+    return numbers
+
+
+def lora_settings(settings: Settings) -> LoraSettings:
+    """The numbers of a config whose fields are known. Raises Rejected: BAD_CONFIG or BAD_PATTERN."""
+    ranks = {key: as_integer("rank_pattern", value) for key, value in settings.mapping("rank_pattern").items()}
+    alphas = {key: as_number("alpha_pattern", value) for key, value in settings.mapping("alpha_pattern").items()}
     return LoraSettings(
-        r=_rank("r", config.get("r", 8)),
-        alpha=_alpha("lora_alpha", config.get("lora_alpha", 8)),
-        use_rslora=bool(use_rslora),
+        r=settings.integer("r", 8),
+        alpha=settings.number("lora_alpha", 8),
+        use_rslora=settings.flag("use_rslora"),
         rank_pattern=ranks,
         alpha_pattern=alphas,
         rank_keys=ModulePatterns(ranks),
         alpha_keys=ModulePatterns(alphas),
-    )
-
-
-def _check_targets(config: Mapping[str, Any]) -> None:
-    """What PEFT would take from its own defaults, or not load at all."""
-    target = config.get("target_modules")
-    if target is None:
-        _refuse("target_modules", None, "a list of names or a pattern, as save_pretrained writes it")
-    for key in ("layers_to_transform", "layers_pattern"):
-        if isinstance(target, str) and config.get(key) is not None:
-            _refuse(key, config[key], "null, since target_modules is a pattern")
-    if config.get("layers_pattern") and config.get("layers_to_transform") is None:
-        _refuse("layers_pattern", config["layers_pattern"], "null, since there is no layers_to_transform")
-    if isinstance(config.get("modules_to_save"), str):
-        _refuse("modules_to_save", config["modules_to_save"], "a list of names")
-
-
-def _check_heads(config: Mapping[str, Any]) -> None:
-    others = sorted(set(config.get("modules_to_save") or []) - set(HEAD_MODULES))
-    if others:
-        raise UnsupportedMethod(
-            f"modules_to_save={', '.join(map(repr, others))[:100]} is not served yet: only a head of one linear layer "
-            f"({' or '.join(HEAD_MODULES)}) is.",
-            metadata={"peft_type": "LORA", "field": "modules_to_save"},
-        )
-
-
-def _names(config: Mapping[str, Any], key: str) -> None:
-    value = config.get(key)
-    if value is None or isinstance(value, str):
-        return
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        _refuse(key, value, "text or a list of names")
-
-
-def _pattern(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = config.get(key, {})
-    if not isinstance(value, dict):
-        _refuse(key, value, "a mapping of modules to numbers")
-    return value
-
-
-def _rank(key: str, value: Any) -> int:
-    if not _is_int(value) or value <= 0:
-        _refuse(key, value, "a whole number above 0")
-    return int(value)
-
-
-def _alpha(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e9:
-        _refuse(key, value, "a finite number")
-    return float(value)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _refuse(key: str, value: Any, wanted: str) -> NoReturn:
-    raise Rejected(
-        f"adapter_config.json has {key}={repr(value)[:80]}, but it must be {wanted}.",
-        reason="BAD_CONFIG",
-        metadata={"field": key},
     )

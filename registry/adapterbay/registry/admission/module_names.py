@@ -51,20 +51,26 @@ BASE_MODEL_PREFIXES: Final = frozenset(
 CONV1D_MODEL_TYPES: Final = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
 """Architectures whose linear layers are transformers' Conv1D, with weights stored as [in, out]."""
 
-EMBEDDING_AND_OUTPUT: Final = frozenset(
+EMBEDDINGS: Final = frozenset(
     {
         "embed_in",
-        "embed_out",
         "embed_positions",
         "embed_tokens",
-        "lm_head",
         "position_embeddings",
+        "relative_attention_bias",
+        "shared",
         "token_type_embeddings",
         "word_embeddings",
         "wpe",
         "wte",
     }
 )
+"""Tables of rows: what is looked up, not multiplied."""
+
+OUTPUTS: Final = frozenset({"embed_out", "lm_head"})
+
+EMBEDDING_AND_OUTPUT: Final = EMBEDDINGS | OUTPUTS
+"""The language-model head, which is the input embedding itself in some bases."""
 
 
 def backbone_path(module: str, base_shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -92,7 +98,7 @@ def hidden_size(base_config: Mapping[str, Any]) -> int | None:
     """The width of the last hidden state, by the names that architectures give to it."""
     text = base_config.get("text_config")
     for config in (base_config, text if isinstance(text, Mapping) else {}):
-        for key in ("hidden_size", "n_embd", "d_model", "dim"):
+        for key in ("word_embed_proj_dim", "hidden_size", "n_embd", "d_model", "dim"):
             value = config.get(key)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias, cast, get_args
 
 from adapterbay.registry.admission.documents import read_document
-from adapterbay.registry.admission.lora_tensors import Head
+from adapterbay.registry.admission.report import Head
 from adapterbay.registry.base import BaseFiles, BaseReference
 from adapterbay.registry.errors import (
     BaseNotFound,
@@ -25,6 +25,7 @@ from adapterbay.registry.errors import (
 )
 from adapterbay.registry.manifest import (
     CONFIG_FILE,
+    HEAD_TASKS,
     MAX_BASE_REFERENCE,
     MAX_LABELS,
     README_FILE,
@@ -39,12 +40,16 @@ FindBase: TypeAlias = Callable[[str | BaseReference], BaseFiles]
 PEFT_TASKS: Final[Mapping[str, TaskName]] = {
     "CAUSAL_LM": "causal-lm",
     "SEQ_CLS": "sequence-classification",
+    "TOKEN_CLS": "token-classification",
     "FEATURE_EXTRACTION": "feature-extraction",
+    "SEQ_2_SEQ_LM": "seq2seq-lm",
 }
 CLASS_ENDINGS: Final[Mapping[str, TaskName]] = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForConditionalGeneration": "seq2seq-lm",
 }
 """What the class in auto_mapping says, which PEFT writes where it has no task_type."""
 
@@ -166,13 +171,13 @@ def find_task(
     task, origin = _find_task(config, training, said, head)
     if task not in get_args(TaskName):
         raise InvalidArgument(f"The task {task[:60]!r} is not one of {', '.join(get_args(TaskName))}.", field="task")
-    if task == "sequence-classification" and head is None:
+    if task in HEAD_TASKS and head is None:
         raise Rejected(
-            "A sequence-classification adapter needs its head (score or classifier) among its tensors: train with "
-            "task_type=SEQ_CLS, so that PEFT saves it.",
+            f"A {task} adapter needs its head (score or classifier) among its tensors: train with "
+            f"task_type={'SEQ_CLS' if task == 'sequence-classification' else 'TOKEN_CLS'}, so that PEFT saves it.",
             reason="MISSING_TENSOR",
         )
-    if task != "sequence-classification" and head is not None:
+    if task not in HEAD_TASKS and head is not None:
         raise TaskMismatch(f"The adapter has a head ({head.name}), but its task is {task}: pass --task.")
     return cast(TaskName, task), origin
 

@@ -77,6 +77,25 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
     return ModulePatterns(patterns).first(module)
 
 
+class SearchPatterns:
+    """Keys that mean a module if they match anywhere in its name (`re.search`). Raises Rejected (BAD_PATTERN)."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._patterns: list[tuple[str, LinearPattern]] = []
+        steps = 0
+        for key in keys:
+            compile_pattern(key)  # it must be an expression by itself, not only within what is put around it
+            pattern = compile_pattern(f".*(?:{key}).*")
+            steps += pattern.size
+            if steps > MAX_STEPS_TOGETHER:
+                raise _refuse(key, "together with the patterns before it, it is too large")
+            self._patterns.append((key, pattern))
+
+    def first(self, module: str) -> str | None:
+        """The first key that means `module`; None: none does."""
+        return next((key for key, pattern in self._patterns if pattern.fullmatch(module)), None)
+
+
 class Targets:
     """Which modules PEFT would adapt (PEFT's `check_target_module_exists`, 0.21), by the settings of a config.
 
@@ -102,7 +121,7 @@ class Targets:
             self._layer_patterns = [re.compile(r".*?\.[^.]*\.(?P<index>\d{1,9})\.")]
 
     def __contains__(self, module: str) -> bool:
-        if self._excluded(module) or not self._saved.isdisjoint(module.split(".")):
+        if self._excluded(module) or any(f".{name}." in f".{module}." for name in self._saved):
             return False
         if self._everything or module in self._direct:
             return True

@@ -41,6 +41,18 @@ _LAYOUTS: Final = {
 
 FLOAT_DTYPES: Final = frozenset(_LAYOUTS)
 
+_INTEGERS: Final = {
+    "I8": "<i1",
+    "I16": "<i2",
+    "I32": "<i4",
+    "I64": "<i8",
+    "U8": "<u1",
+    "U16": "<u2",
+    "U32": "<u4",
+}
+INDEX_DTYPES: Final = frozenset(_INTEGERS)
+_FLOATS: Final = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+
 
 @dataclass(frozen=True, slots=True)
 class Factor:
@@ -75,6 +87,70 @@ def read_factor(file: BinaryIO, tensor: TensorInfo, what: str, *, rank_axis: int
     return Factor(used, _value(tensor.dtype, largest))
 
 
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What a tensor holds: its largest magnitude, and whether all of it is zero, or exactly one."""
+
+    largest: float
+    zero: bool
+    one: bool
+
+
+def read_values(file: BinaryIO, tensor: TensorInfo, what: str) -> Values:
+    """Reads a tensor of any shape. Raises as `read_factor` does."""
+    layout, total = _LAYOUTS[tensor.dtype], math.prod(tensor.shape)
+    one = _pattern(tensor.dtype, 1.0)
+    largest, smallest, negative = 0, one, False
+    file.seek(tensor.begin)
+    for begin in range(0, total, CHUNK_VALUES):
+        bits = _bits(file, tensor, layout, begin, min(CHUNK_VALUES, total - begin), what)
+        magnitudes = bits & layout.integer(layout.sign - 1)
+        largest = max(largest, int(magnitudes.max()))
+        smallest = min(smallest, int(magnitudes.min()))
+        negative = negative or bool((bits & layout.integer(layout.sign)).any())
+    return Values(
+        largest=_value(tensor.dtype, largest),
+        zero=largest <= layout.zero,
+        one=largest == one and smallest == one and not negative,
+    )
+
+
+def check_indices(file: BinaryIO, tensor: TensorInfo, what: str, below: tuple[int, ...]) -> None:
+    """Reads whole numbers, which some systems store as floating point.
+
+    `below` has a bound for each row, or one for all. Raises Rejected: NOT_FINITE for what is no whole number,
+    SHAPE_MISMATCH for an index out of its range, TRUNCATED.
+    """
+    file.seek(tensor.begin)
+    data = file.read(tensor.nbytes)
+    if len(data) != tensor.nbytes:
+        raise Rejected(f"{what} ends inside the tensor {tensor.name[:200]}.", reason="TRUNCATED")
+    if tensor.dtype in _INTEGERS:
+        numbers = np.frombuffer(data, dtype=_INTEGERS[tensor.dtype]).astype(np.int64)
+    else:
+        numbers = _whole(data, tensor, what)
+    rows = numbers.reshape(len(below), -1)
+    for row, bound in zip(rows, below, strict=True):
+        if row.size and (int(row.min()) < 0 or int(row.max()) >= bound):
+            raise Rejected(
+                f"{what} was refused: the tensor {tensor.name[:200]} holds indices that are not from 0 to {bound - 1}.",
+                reason="SHAPE_MISMATCH",
+                metadata={"tensor": tensor.name[:200]},
+            )
+
+
+def _whole(data: bytes, tensor: TensorInfo, what: str) -> npt.NDArray[np.int64]:
+    values = np.frombuffer(data, dtype=_FLOATS[tensor.dtype]) if tensor.dtype in _FLOATS else None
+    if values is None or not (np.isfinite(values).all() and (values == np.floor(values)).all()):
+        raise Rejected(
+            f"{what} was refused: the tensor {tensor.name[:200]} must hold whole numbers.",
+            reason="NOT_FINITE",
+            metadata={"tensor": tensor.name[:200]},
+        )
+    whole: npt.NDArray[np.int64] = np.clip(values, -1, 2**62).astype(np.int64)
+    return whole
+
+
 def check_finite(file: BinaryIO, tensor: TensorInfo, what: str) -> None:
     """Reads a tensor of any shape. Raises as `read_factor` does."""
     layout, total = _LAYOUTS[tensor.dtype], math.prod(tensor.shape)
@@ -84,12 +160,18 @@ def check_finite(file: BinaryIO, tensor: TensorInfo, what: str) -> None:
 
 
 def _magnitudes(file: BinaryIO, tensor: TensorInfo, layout: _Layout, begin: int, count: int, what: str) -> Bits:
+    magnitudes: Bits = _bits(file, tensor, layout, begin, count, what) & layout.integer(layout.sign - 1)
+    return magnitudes
+
+
+def _bits(file: BinaryIO, tensor: TensorInfo, layout: _Layout, begin: int, count: int, what: str) -> Bits:
+    """The bit patterns of the next `count` values, all of which can be computed with."""
     width = np.dtype(layout.integer).itemsize
     data = file.read(count * width)
     if len(data) != count * width:
         raise Rejected(f"{what} ends inside the tensor {tensor.name[:200]}.", reason="TRUNCATED")
-    bits = np.frombuffer(data, dtype=np.dtype(layout.integer).newbyteorder("<"))
-    magnitudes: Bits = bits & layout.integer(layout.sign - 1)
+    bits: Bits = np.frombuffer(data, dtype=np.dtype(layout.integer).newbyteorder("<"))
+    magnitudes = bits & layout.integer(layout.sign - 1)
     wrong = magnitudes >= layout.integer(layout.infinite)
     if wrong.any():
         raise Rejected(
@@ -98,7 +180,15 @@ def _magnitudes(file: BinaryIO, tensor: TensorInfo, layout: _Layout, begin: int,
             reason="NOT_FINITE",
             metadata={"tensor": tensor.name[:200]},
         )
-    return magnitudes
+    return bits
+
+
+def _pattern(dtype: str, value: float) -> int:
+    """The bits of a positive number."""
+    if dtype == "BF16":
+        return _pattern("F32", value) >> 16
+    integer = _LAYOUTS[dtype].integer
+    return int(np.array([value], dtype=f"f{np.dtype(integer).itemsize}").view(integer)[0])
 
 
 def _value(dtype: str, magnitude: int) -> float:

@@ -21,6 +21,7 @@ from adapterbay.registry.cli.common import (
 from adapterbay.registry.console import guarded, write_json
 from adapterbay.registry.fusing import (
     DEFAULT_DENSITY,
+    MAJORITY_SIGNS,
     METHODS,
     FusionSettings,
     fuse_versions,
@@ -47,6 +48,9 @@ def fuse(
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="svd: the rank of the result.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="dare: what is dropped (0).")] = None,
+    majority_sign: Annotated[
+        str | None, typer.Option("--majority-sign", help=f"ties: what elects a sign: {', '.join(MAJORITY_SIGNS)}.")
+    ] = None,
     alias: Annotated[list[str] | None, typer.Option("--alias", metavar="ALIAS", help="Move this alias to it.")] = None,
     base: Annotated[
         str | None, typer.Option("--base", metavar="BASE", help="Where their base is: hub:ORG/REPO, a path, ….")
@@ -58,7 +62,7 @@ def fuse(
 ) -> None:
     """Fuse versions into the next version of OUT, by PEFT's add_weighted_adapter. Its parents are recorded."""
     overruling = forced(force, why)
-    settings = FusionSettings(method, density, rank, seed)
+    settings = FusionSettings(method, density, rank, seed, majority_sign)
     weighted = [parse_weighted(part) for part in parts]
     found = []
     for part in weighted:

@@ -55,9 +55,7 @@ def push(
     base: Annotated[
         str | None, typer.Option("--base", metavar="BASE", help="Its base: hub:ORG/REPO, a path, ….")
     ] = None,
-    task: Annotated[
-        str | None, typer.Option("--task", help="causal-lm, sequence-classification or feature-extraction.")
-    ] = None,
+    task: Annotated[str | None, typer.Option("--task", help=f"One of {', '.join(get_args(TaskName))}.")] = None,
     label: Annotated[
         list[str] | None, typer.Option("--label", metavar="LABEL", help="A label, in the order of the head's rows.")
     ] = None,
@@ -107,7 +105,7 @@ def list_adapters(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option("--task", help="causal-lm, sequence-classification or feature-extraction: only with this task."),
+        typer.Option("--task", help=f"Only with this task: {', '.join(get_args(TaskName))}."),
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="Only of this PEFT method, such as LORA.")] = None,
     tag: Annotated[

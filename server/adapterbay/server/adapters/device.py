@@ -1,4 +1,4 @@
-"""The device's adapter slots: one rank pool for each linear layer of the base. Used on the engine's thread only."""
+"""The device's adapter slots, within a budget of bytes. Used on the engine's thread only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from adapterbay.server.adapters.residency import Resident
 from adapterbay.server.batch import Group, Row
-from adapterbay.server.layers import MixedLinear, RankPool
+from adapterbay.server.mix.sites import Sites
 
 
 class DeviceMemory:
@@ -17,15 +17,11 @@ class DeviceMemory:
 
     def __init__(
         self,
-        layers: Mapping[str, MixedLinear],
-        pools: Mapping[str, RankPool],
+        sites: Sites,
         budget_bytes: int,
-        dtype: torch.dtype,
     ) -> None:
-        self._pools = pools
-        self._dtype = dtype
-        for name, pool in pools.items():
-            layers[name].pool = pool
+        self._sites = sites
+        self._dtype = sites.dtype
         self._budget = budget_bytes
         self._placed: OrderedDict[str, Resident] = OrderedDict()
         self.used_bytes = 0
@@ -62,8 +58,7 @@ class DeviceMemory:
         """Frees an adapter's slots."""
         if self._placed.pop(resident.key, None) is None:
             return
-        for name in resident.ready.layers:
-            self._pools[name].remove(resident.key)
+        self._sites.remove(resident.key, resident.ready)
         resident.on_device = False
         self.used_bytes -= self.size(resident)
 
@@ -72,8 +67,7 @@ class DeviceMemory:
         return tuple(self._placed.values())
 
     def _place(self, resident: Resident) -> None:
-        for name, layer in resident.ready.layers.items():
-            self._pools[name].place(resident.key, layer.a, layer.b, layer.scaling)
+        self._sites.place(resident.key, resident.ready)
         self._placed[resident.key] = resident
         resident.on_device = True
         self.used_bytes += self.size(resident)
@@ -92,4 +86,6 @@ class DeviceMemory:
 
 def device_bytes(resident: Resident, dtype: torch.dtype) -> int:
     """What an adapter takes in pools of `dtype`."""
-    return dtype.itemsize * sum(layer.a.numel() + layer.b.numel() for layer in resident.ready.layers.values())
+    form = resident.ready
+    placed = (form.layers, form.norms, form.tables, form.bottlenecks)
+    return dtype.itemsize * sum(t.numel() for kind in placed for part in kind.values() for t in part.tensors())

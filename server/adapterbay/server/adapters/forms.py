@@ -1,96 +1,251 @@
-"""PEFT checkpoint to serving form: what an adapter becomes in memory so that it can run beside others in one batch.
+"""What an adapter becomes in memory so that it can run beside others in one batch. Data only; `build` makes it.
 
-Names are relative to the backbone: `layers.0.self_attn.q_proj`, whatever model class the adapter was trained in.
+Nearly every method of PEFT changes a linear layer into another linear layer, so that one formula serves them all:
+
+    y = T(s_out ⊙ W(R(s_in ⊙ x))) + scaling · B(A x) + D x + b
+
+LoRA and its kin fill A and B; DoRA adds s_out; IA³ is s_in or s_out; OFT is R, RoAd is T; what is neither low-rank
+nor a rotation is D; BitFit is b. What is not a linear layer is replaced whole (norms, embeddings) or added
+to the tokens (virtual tokens). Paths are relative to the backbone, `layers.0.self_attn.q_proj`, whatever model class
+the adapter was trained in; the language-model head, which is no part of the backbone, is LM_HEAD.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
 
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from adapterbay.registry import BaseFiles, Manifest, admit
-from adapterbay.registry.errors import Rejected, UnsupportedMethod
-from adapterbay.registry.manifest import WEIGHTS_FILE
+from adapterbay.registry import Manifest
+from adapterbay.server.heads import Head
+
+LM_HEAD: Final = "lm_head"
+"""The path of the language-model head, however the architecture calls it."""
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """One layer's delta, as it was stored: a [rank, in], b [rank, out] (a view of B). Placing it casts and copies, on
-    the engine's thread, so that loading threads compute nothing (see `Engine.create`)."""
+    """scaling · B A, as stored: a [rank, in], b [rank, out] (Bᵀ). Placing it on the device casts and copies."""
 
     a: Tensor
     b: Tensor
     scaling: float
 
+    @property
+    def rank(self) -> int:
+        """How many rank rows it has."""
+        return int(self.a.shape[0])
+
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """A linear classification head in float32. weight [labels, hidden], bias [labels] or None."""
+class Turn:
+    """A rotation of pairs of outputs: output i gains values[i] · y[partner[i]]. values [out], partner [out] long."""
 
-    weight: Tensor
-    bias: Tensor | None
-    labels: tuple[str, ...]
+    values: Tensor
+    partner: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LinearForm:
+    """What an adapter does to one linear layer; None is "nothing".
+
+    `in_scale` [in] and `out_scale` [out] multiply the base layer's input and its output, the base's own bias included:
+    who makes a form puts what is wrong with that into `bias` [out]. `rotation` [blocks, size, size] turns the scaled
+    input block by block, x' = R x. `turn` mixes the base's outputs in pairs. `dense` [out, in] is added to W.
+    """
+
+    low_rank: LowRank | None = None
+    in_scale: Tensor | None = None
+    out_scale: Tensor | None = None
+    bias: Tensor | None = None
+    rotation: Tensor | None = None
+    turn: Turn | None = None
+    dense: Tensor | None = None
+
+    def plus_bias(self, bias: Tensor) -> LinearForm:
+        """The same with `bias` [out] added."""
+        return dataclasses.replace(self, bias=bias if self.bias is None else self.bias + bias)
+
+    def with_dense(self, dense: Tensor) -> LinearForm:
+        """The same with another whole delta [out, in]."""
+        return dataclasses.replace(self, dense=dense)
+
+    @property
+    def turns_input(self) -> bool:
+        """Whether it changes what the base's layer gets."""
+        return self.in_scale is not None or self.rotation is not None
+
+    @property
+    def turns_output(self) -> bool:
+        """Whether it changes what the base's layer gives, other than by adding to it."""
+        return self.out_scale is not None or self.turn is not None
+
+    @property
+    def additive(self) -> bool:
+        """Whether it only adds to the base's output, so that any weighted sum of such forms is one, too."""
+        return not self.turns_input and not self.turns_output
+
+    @property
+    def only_ranks(self) -> bool:
+        """Whether a low-rank delta is all there is."""
+        return not any((self.turns_input, self.turns_output, self.bias is not None, self.dense is not None))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that takes memory."""
+        if self.low_rank is not None:
+            yield self.low_rank.a
+            yield self.low_rank.b
+        if self.turn is not None:
+            yield self.turn.values
+            yield self.turn.partner
+        for tensor in (self.in_scale, self.out_scale, self.bias, self.rotation, self.dense):
+            if tensor is not None:
+                yield tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TableForm:
+    """What an adapter does to an embedding: rows replaced, or a low-rank delta of rows (LoRA on an embedding), or both.
+
+    `tokens` [count] long and `rows` [count, hidden] replace; `low_rank.a` [rank, vocabulary] and `.b` [rank, hidden]:
+    row t gains scaling · aᵀ[t] b.
+    """
+
+    tokens: Tensor | None = None
+    rows: Tensor | None = None
+    low_rank: LowRank | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that takes memory."""
+        for tensor in (self.tokens, self.rows):
+            if tensor is not None:
+                yield tensor
+        if self.low_rank is not None:
+            yield self.low_rank.a
+            yield self.low_rank.b
+
+
+@dataclass(frozen=True, slots=True)
+class NormForm:
+    """A normalization layer's own parameters for this adapter's rows, by name (`weight`, `bias`), each [hidden]."""
+
+    parameters: Mapping[str, Tensor]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that takes memory."""
+        yield from self.parameters.values()
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """A bottleneck adapter behind a module (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021,
+    arXiv:2005.00247): h + scaling · up(activation(down(norm(h)))). down [size, hidden], up [hidden, size].
+
+    At a normalization layer N it sits before it and looks through it: N(x + scaling · up(activation(down(norm(N(x)))))).
+    """
+
+    down: Tensor
+    down_bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    activation: str
+    scaling: float = 1.0
+    norm: Mapping[str, Tensor] | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that takes memory."""
+        for tensor in (self.down, self.down_bias, self.up, self.up_bias, *(self.norm or {}).values()):
+            if tensor is not None:
+                yield tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPrompt:
+    """Keys and values [length, key/value heads, size] that one attention layer looks at through a gate."""
+
+    gate: float
+    keys: Tensor
+    values: Tensor
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that takes memory."""
+        yield self.keys
+        yield self.values
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Virtual tokens before the text, as input embeddings [count, hidden] (Lester et al. 2021, arXiv:2104.08691)."""
+
+    embeddings: Tensor
+
+    @property
+    def count(self) -> int:
+        """How many positions it takes."""
+        return int(self.embeddings.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Keys and values before the text's own in every layer (Li and Liang 2021, arXiv:2101.00190).
+
+    `keys[layer]` and `values[layer]` are [count, key/value heads, size], in the layers' order.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def count(self) -> int:
+        """How many positions it takes."""
+        return int(self.keys[0].shape[0])
 
 
 @dataclass(frozen=True, slots=True)
 class ServingForm:
-    """An adapter, ready to be placed. `layers` maps a backbone-relative module path to its delta."""
+    """An adapter, ready to be placed. `invocation` are the tokens from which on an activated LoRA is on (aLoRA,
+    arXiv:2504.12397); None is from the first token."""
 
     digest: str
     manifest: Manifest
-    layers: Mapping[str, LowRank]
-    head: Head | None
+    layers: Mapping[str, LinearForm] = field(default_factory=dict)
+    norms: Mapping[str, NormForm] = field(default_factory=dict)
+    tables: Mapping[str, TableForm] = field(default_factory=dict)
+    bottlenecks: Mapping[str, Bottleneck] = field(default_factory=dict)
+    attention: Mapping[int, AttentionPrompt] = field(default_factory=dict)
+    head: Head | None = None
+    virtual: Prompt | Prefix | None = None
+    invocation: tuple[int, ...] | None = None
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions come before the text's first token."""
+        return self.virtual.count if self.virtual is not None else 0
 
     @property
     def bytes(self) -> int:
         """What the form takes in host memory."""
-        total = sum(layer.a.nbytes + layer.b.nbytes for layer in self.layers.values())
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that takes memory."""
+        for kind in (self.layers, self.norms, self.tables, self.bottlenecks, self.attention):
+            for form in kind.values():
+                yield from form.tensors()
+        if isinstance(self.virtual, Prompt):
+            yield self.virtual.embeddings
+        elif self.virtual is not None:
+            yield from self.virtual.keys
+            yield from self.virtual.values
         if self.head is not None:
-            total += self.head.weight.nbytes + (self.head.bias.nbytes if self.head.bias is not None else 0)
-        return total
+            yield from self.head.tensors()
+
+    def with_layers(self, layers: Mapping[str, LinearForm]) -> ServingForm:
+        """The same with other layers."""
+        return dataclasses.replace(self, layers=layers)
 
 
-def build_form(
-    manifest: Manifest,
-    files: Mapping[str, bytes],
-    base: BaseFiles,
-    sites: Mapping[str, tuple[int, int]],
-) -> ServingForm:
-    """Admits an adapter's files once more, against this very base, and reads them.
-
-    `sites` maps the backbone's linear layers to (in, out) features. Raises what `adapterbay.registry.admit` raises, and
-    UnsupportedMethod for a module that admission knows and this engine has no layer for.
-    """
-    report = admit(files, base.tensor_shapes(), base_config=base.config, labels=manifest.labels or None)
-    tensors = load_safetensors(files[WEIGHTS_FILE])
-    layers: dict[str, LowRank] = {}
-    for module in report.modules:
-        site = find_site(module.base_name, sites)
-        if site is None or sites[site] != (module.in_features, module.out_features):
-            raise UnsupportedMethod(f"Module {module.name} is no linear layer of this base's backbone.")
-        if site in layers:
-            raise Rejected(f"The adapter names layer {site} twice.", reason="UNKNOWN_MODULE")
-        layers[site] = LowRank(
-            a=tensors[module.a_key],
-            b=tensors[module.b_key].t(),
-            scaling=module.scaling,
-        )
-    head = None
-    if report.head is not None:
-        head = Head(
-            weight=tensors[report.head.keys[0]].float(),
-            bias=tensors[report.head.keys[1]].float() if report.head.has_bias else None,
-            labels=manifest.labels or tuple(str(index) for index in range(report.head.labels)),
-        )
-    return ServingForm(digest=manifest.digest, manifest=manifest, layers=layers, head=head)
-
-
-def find_site(path: str, sites: Collection[str]) -> str | None:
-    """The backbone-relative name of a module as the base's checkpoint names it, which may begin with a prefix."""
-    if path in sites:
-        return path
-    _, _, inner = path.partition(".")
-    return inner if inner in sites else None
+FormKind = Literal["layers", "norms", "tables", "bottlenecks", "head", "virtual"]

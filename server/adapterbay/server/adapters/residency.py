@@ -11,15 +11,18 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
 
 from adapterbay.registry.errors import AdapterbayError, EngineFault, InvalidArgument, Unavailable
+from adapterbay.server.adapters.events import Listeners
 from adapterbay.server.adapters.forms import ServingForm
+from adapterbay.server.adapters.loaders import loading_threads
+from adapterbay.server.adapters.tally import HostCounts, HostTally
 
 
 class Residency(Enum):
@@ -41,16 +44,6 @@ class ResidencyInfo:
     active_rows: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterEvent:
-    """A change of residency. `at` is time.time()."""
-
-    kind: Literal["loaded", "unloaded", "load_failed"]
-    digest: str
-    message: str
-    at: float
-
-
 @dataclass(slots=True, eq=False)
 class Resident:
     """One loading or loaded adapter. `key` names it in the device's pools and is never used twice."""
@@ -64,6 +57,8 @@ class Resident:
     seats: int = 0  # rows of the batch that compute with it
     on_device: bool = False
     pinned: bool = False
+    queued: bool = False  # waits for room
+    relieved: bool = False  # loads although there was no room
     leaving: Future[int] | None = None
 
     @property
@@ -79,7 +74,12 @@ Load = Callable[[str], ServingForm]
 
 
 class HostMemory:
-    """Loaded adapters by digest, the least recently used first. Thread-safe."""
+    """Loaded adapters by digest, the least recently used first. Thread-safe.
+
+    The budget is kept: a load begins when there is room for what its files take, and if its form turns out larger, it
+    is kept only if others can give way for it; if not it is loaded again once they can. There is one exception, see
+    `relieve`.
+    """
 
     def __init__(
         self,
@@ -99,10 +99,12 @@ class HostMemory:
         self._table: OrderedDict[str, Resident] = OrderedDict()
         self._leaving: list[Resident] = []
         self._queue: deque[Resident] = deque()
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="adapter-load")
-        self._listeners: list[Callable[[AdapterEvent], None]] = []
+        self._sizes: dict[str, int] = {}  # of forms that took more than their files
+        self._executor = loading_threads(threads)
         self._loads_under_way = 0
         self._closed = False
+        self.listeners = Listeners()
+        self.tally = HostTally()
 
     def close(self) -> None:
         """Ends the loading threads; loads that have not begun fail as Unavailable."""
@@ -114,22 +116,11 @@ class HostMemory:
             self._failed(resident, Unavailable("The server is stopping."))
         self._executor.shutdown(wait=True)
 
-    def subscribe(self, listener: Callable[[AdapterEvent], None]) -> Callable[[], None]:
-        """Calls `listener` on every change, on whatever thread made it; returns what ends that."""
-        with self._lock:
-            self._listeners.append(listener)
-
-        def unsubscribe() -> None:
-            with self._lock:
-                if listener in self._listeners:
-                    self._listeners.remove(listener)
-
-        return unsubscribe
-
     def hold(self, digest: str) -> Resident:
         """The resident of a digest, loading if need be, kept until `release`."""
         with self._lock:
             resident = self._touch(digest)
+            (self.tally.misses if resident.form is None else self.tally.hits).add()
             resident.holds += 1
             return resident
 
@@ -139,7 +130,17 @@ class HostMemory:
             resident.holds -= 1
             if resident.holds == 0 and resident.leaving is not None:
                 self._leave(resident)
+            self._make_room(0)  # after `relieve`; otherwise there is
             self._start_loads()
+
+    def form(self, digest: str) -> ServingForm | None:
+        """The form of a digest that is loaded, which counts as a use of it; None for all others."""
+        with self._lock:
+            resident = self._table.get(digest)
+            if resident is None or resident.form is None:
+                return None
+            self._table.move_to_end(digest)
+            return resident.form
 
     def load(self, digest: str) -> Future[float]:
         """Begins to load a digest; the future has the seconds it took, 0 if it was there."""
@@ -167,14 +168,25 @@ class HostMemory:
             del self._table[digest]
             resident.leaving = freed
             self._leaving.append(resident)
-            if resident.holds == 0 and (resident.form is not None or resident in self._queue):
+            self.tally.unloads.add()
+            if resident.holds == 0 and (resident.form is not None or resident.queued):
                 self._leave(resident)
             return freed
 
     def pin(self, digest: str, pinned: bool) -> None:
-        """Keeps a digest in host memory whatever the load (loading it if need be), or lets it go again."""
+        """Keeps a digest in host memory whatever the load (loading it if need be), or lets it go again.
+
+        Raises InvalidArgument when the pinned adapters would take more than the budget.
+        """
         with self._lock:
             if pinned:
+                others = sum(r.size for r in self._table.values() if r.pinned and r.digest != digest)
+                if others + self._expected(digest) > self._budget:
+                    raise InvalidArgument(
+                        f"{digest} cannot be pinned: the pinned adapters take {others} bytes of the host budget of "
+                        f"{self._budget}, and it takes {self._expected(digest)}. Unpin one, or raise host_bytes.",
+                        field="adapter",
+                    )
                 self._touch(digest).pinned = True
             elif digest in self._table:
                 self._table[digest].pinned = False
@@ -202,28 +214,53 @@ class HostMemory:
         with self._lock:
             return tuple(digest for digest, r in self._table.items() if r.form is not None)
 
+    def counts(self) -> HostCounts:
+        """How many adapters are here; those that are leaving count until they have left."""
+        with self._lock:
+            everyone = (*self._table.values(), *self._leaving)
+            loaded = sum(r.form is not None for r in everyone)
+            queued = sum(r.queued for r in everyone)
+            pinned = sum(r.pinned for r in self._table.values())
+            return HostCounts(
+                loaded=loaded,
+                on_device=sum(r.on_device for r in everyone),
+                pinned=pinned,
+                loading=len(everyone) - loaded - queued,
+                queued=queued,
+            )
+
     def relieve(self) -> None:
-        """Begins the next load although the budget is taken. For the moment when everything in memory is held by rows
-        that wait for other adapters, so that keeping to the budget would keep them all waiting for ever."""
+        """Begins the next load although the budget is taken. For the moment when everything in memory is pinned, or
+        held by rows that wait for other adapters, so that keeping to the budget would keep them waiting for ever. Loads
+        are queued in the order of their rows, so what this takes above the budget is at most one request's adapters."""
         with self._lock:
             if self._queue and not self._loads_under_way:
+                self._queue[0].relieved = True
                 self._begin(self._queue.popleft())
 
     @property
     def used_bytes(self) -> int:
         """Host memory that loaded and loading adapters take."""
         with self._lock:
-            return sum(r.size for r in (*self._table.values(), *self._leaving) if r not in self._queue)
+            return sum(r.size for r in (*self._table.values(), *self._leaving) if not r.queued)
+
+    @property
+    def budget_bytes(self) -> int:
+        """The most that loaded and loading adapters may take together."""
+        return self._budget
+
+    def _expected(self, digest: str) -> int:
+        """What a digest takes in memory: as it was seen, or else as its files are."""
+        current = self._table.get(digest)
+        return current.size if current is not None else self._sizes.get(digest) or self._size_of(digest)
 
     def _touch(self, digest: str) -> Resident:
         resident = self._table.get(digest)
         if resident is None:
-            size = self._size_of(digest)
+            size = self._expected(digest)
             if size > self._budget:
-                raise InvalidArgument(
-                    f"{digest} takes {size} bytes; the host budget for all adapters is {self._budget}.", field="adapter"
-                )
-            resident = Resident(key=f"{digest}#{next(self._serial)}", digest=digest, size=size)
+                raise _too_large(digest, size, self._budget)
+            resident = Resident(key=f"{digest}#{next(self._serial)}", digest=digest, size=size, queued=True)
             self._table[digest] = resident
             self._queue.append(resident)
             self._start_loads()
@@ -237,24 +274,35 @@ class HostMemory:
             self._begin(self._queue.popleft())
 
     def _begin(self, resident: Resident) -> None:
+        resident.queued = False
         self._loads_under_way += 1
         self._executor.submit(self._run_load, resident)
 
     def _make_room(self, size: int) -> bool:
-        idle = deque(r for r in self._table.values() if not r.holds and not r.pinned and r.form is not None)
-        while self.used_bytes + size > self._budget:
-            if not idle:
-                return False
-            oldest = idle.popleft()
-            del self._table[oldest.digest]
-            oldest.leaving = Future()
-            self._leaving.append(oldest)
-            self._leave(oldest)
+        """Lets the least recently used go until there are `size` bytes; none of them if that would not be enough."""
+        missing = self.used_bytes + size - self._budget
+        going: list[Resident] = []
+        for resident in self._table.values():
+            if missing <= 0:
+                break
+            if not resident.holds and not resident.pinned and resident.form is not None:
+                going.append(resident)
+                missing -= resident.size
+        if missing > 0:
+            return False
+        for resident in going:
+            del self._table[resident.digest]
+            resident.leaving = Future()
+            self._leaving.append(resident)
+            self.tally.evictions.add()
+            self._leave(resident)
         return True
 
     def _run_load(self, resident: Resident) -> None:
         began = time.monotonic()
         try:
+            if self._closed:
+                raise Unavailable("The server is stopping.")
             form = self._load(resident.digest)
         except AdapterbayError as error:
             self._failed(resident, error)
@@ -264,18 +312,33 @@ class HostMemory:
             fault.__cause__ = error
             self._failed(resident, fault)
             return
+        size, seconds = form.bytes, time.monotonic() - began
+        if size > self._budget:
+            self._failed(resident, _too_large(resident.digest, size, self._budget))
+            return
         with self._lock:
             self._loads_under_way -= 1
+            larger, resident.size = size - resident.size, size
+            if larger > 0:
+                self._sizes[resident.digest] = size
+                if not resident.relieved and not self._make_room(0):
+                    resident.queued = True
+                    self._queue.appendleft(resident)
+                    return  # when a row ends or a pin goes, this is tried again
             resident.form = form
-            resident.size = form.bytes
+            self.tally.load_seconds.add(seconds)
             if resident.leaving is not None and resident.holds == 0:
                 self._leave(resident)
-        self._tell("loaded", resident.digest, "")
-        resident.loading.set_result(time.monotonic() - began)
+            self._start_loads()
+        self.listeners.tell("loaded", resident.digest)
+        resident.loading.set_result(seconds)
 
     def _failed(self, resident: Resident, error: AdapterbayError) -> None:
+        self.tally.failures.add(error.reason)
+        traceback.clear_frames(error.__traceback__)  # which hold the adapter's files
         with self._lock:
             self._loads_under_way -= 1
+            resident.queued = False
             if self._table.get(resident.digest) is resident:
                 del self._table[resident.digest]
             if resident in self._leaving:
@@ -284,25 +347,27 @@ class HostMemory:
             if resident.leaving is not None:
                 resident.leaving.set_result(0)
             self._start_loads()
-        self._tell("load_failed", resident.digest, error.message)
+        self.listeners.tell("load_failed", resident.digest, error.message)
         resident.loading.set_exception(error)
 
     def _leave(self, resident: Resident) -> None:
         """Lets go of a resident that nobody holds."""
         assert resident.leaving is not None
         freed = resident.size * (2 if resident.on_device else 1) if resident.form is not None else 0
-        if resident in self._queue:
+        if resident.queued:
             self._queue.remove(resident)
+            resident.queued = False
             resident.loading.set_exception(Unavailable("The adapter was unloaded while it waited to load."))
         self._leaving.remove(resident)
         self._vacate(resident)
         resident.leaving.set_result(freed)
-        self._tell("unloaded", resident.digest, "")
+        self.listeners.tell("unloaded", resident.digest)
 
-    def _tell(self, kind: Literal["loaded", "unloaded", "load_failed"], digest: str, message: str) -> None:
-        event = AdapterEvent(kind=kind, digest=digest, message=message, at=time.time())
-        for listener in tuple(self._listeners):
-            listener(event)
+
+def _too_large(digest: str, size: int, budget: int) -> InvalidArgument:
+    return InvalidArgument(
+        f"{digest} takes {size} bytes; the host budget for all adapters is {budget}. Raise host_bytes.", field="adapter"
+    )
 
 
 def wait_all(residents: Sequence[Resident], then: Callable[[AdapterbayError | None], None]) -> None:
@@ -314,16 +379,19 @@ def wait_all(residents: Sequence[Resident], then: Callable[[AdapterbayError | No
         return
     lock = threading.Lock()
 
+    told: Callable[[AdapterbayError | None], None] | None = then
+
     def one_done(future: Future[float]) -> None:
-        nonlocal left
+        nonlocal left, told
         error = future.exception()
         with lock:
             if left <= 0:
                 return
             left = 0 if error is not None else left - 1
-            last = left == 0
-        if last:
-            then(error if error is None or isinstance(error, AdapterbayError) else EngineFault(repr(error)))
+            # A future keeps its callbacks, and `then` knows who holds the futures: a circle with weights in it.
+            tell, told = (told, None) if left == 0 else (None, told)
+        if tell is not None:
+            tell(error if error is None or isinstance(error, AdapterbayError) else EngineFault(repr(error)))
 
     for future in pending:
         future.add_done_callback(one_done)

@@ -17,7 +17,7 @@ from adapterbay.server.requests import Part
 from adapterbay.server.services.arms import resolve_now
 from adapterbay.server.services.catalog import Catalog, Listing, read_page_size, read_token, write_token
 from adapterbay.server.services.ports import EnginePort
-from adapterbay.server.services.validate import read_reference
+from adapterbay.server.services.selection import Selected, read_reference
 from adapterbay.server.watch import AdapterFeed, Change
 from adapterbay.v1 import adapters_pb2, adapters_pb2_grpc
 
@@ -127,7 +127,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def _resolve(self, reference: str) -> Part:
         choice = read_reference(reference, "adapter")
-        return (await asyncio.to_thread(resolve_now, self._adapters, [choice])).parts[0]
+        return (await asyncio.to_thread(resolve_now, self._adapters, Selected((choice,)))).parts[0]
 
     async def _now(self, part: Part) -> adapters_pb2.Adapter:
         return await asyncio.to_thread(self._catalog.find, part.name, part.version)

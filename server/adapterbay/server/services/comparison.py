@@ -21,11 +21,11 @@ from adapterbay.server.services.arms import require_head, resolve_arm, text_limi
 from adapterbay.server.services.calls import Call, RowSpec, run_groups
 from adapterbay.server.services.encode import Encoder
 from adapterbay.server.services.ports import EnginePort
+from adapterbay.server.services.selection import read_selection
 from adapterbay.server.services.validate import (
     check_comparison,
     read_conversation,
     read_sampling,
-    read_selection,
     require_prompt,
 )
 from adapterbay.v1 import inference_pb2
@@ -91,8 +91,8 @@ def _generation_groups(
         else:
             field = f"inputs[{index}].conversation"
             ids = encoder.conversation(read_conversation(entry.conversation, field), field)
-        most = encoder.new_tokens(len(ids), sampling.max_tokens, "generate.sampling.max_tokens")
-        task = GenerateTask(prompt_ids=ids, sampling=dataclasses.replace(sampling, max_tokens=most))
+        encoder.new_tokens(len(ids), sampling.max_tokens, "generate.sampling.max_tokens")
+        task = GenerateTask(prompt_ids=ids, sampling=sampling)
         groups.append([(arm, task) for arm in arms])
     return groups
 

@@ -6,12 +6,16 @@ import copy
 import threading
 from collections.abc import Mapping, Sequence
 
-from adapterbay.base.text import Tokenizer, encode_conversation, encode_text
+from adapterbay.base.text import Tokenizer, encode_conversation, encode_spans, encode_text
 from adapterbay.registry.errors import InvalidArgument
 
 DEFAULT_MAX_TOKENS = 256
 LONGEST_TOKEN = 256
 """Characters. No vocabulary in use has longer tokens, so a text beyond this for each token need not be tokenized."""
+
+
+Span = tuple[int, int]
+"""Where a token lies in a text, [begin, end) in code points."""
 
 
 class Encoder:
@@ -21,9 +25,11 @@ class Encoder:
     two threads, or the engine decoding at the same time, must not share one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_length: int, *, apart: bool = False) -> None:
+        """`apart`: the base reads the prompt and writes the answer in contexts of their own (encoder-decoder)."""
         self._tokenizer = copy.deepcopy(tokenizer)
         self._max_length = max_length
+        self._apart = apart
         self._lock = threading.Lock()
 
     def prompt(self, prompt: str, field: str) -> tuple[int, ...]:
@@ -57,18 +63,29 @@ class Encoder:
             cut = truncate and len(ids) > limit
             if cut:
                 ids = encode_text(self._tokenizer, text, max_length=limit)
-        if not ids:
-            raise InvalidArgument("The text has no tokens.", field=field)
-        if len(ids) > self._max_length:
-            raise InvalidArgument(
-                f"The text has {len(ids)} tokens, the base takes {self._max_length}; shorten it or set `truncate`.",
-                field=field,
-            )
-        return tuple(ids), cut
+        return self._fitting(ids, field), cut
+
+    def spans(
+        self, text: str, *, limit: int, truncate: bool, field: str
+    ) -> tuple[tuple[int, ...], tuple[Span | None, ...], bool]:
+        """Like `text`, with each token's place in the text; None for a special token."""
+        if truncate:
+            text = text[: (limit + 1) * LONGEST_TOKEN]
+        self._refuse_huge(text, field)
+        with self._lock:
+            ids, places = encode_spans(self._tokenizer, text)
+            cut = truncate and len(ids) > limit
+            if cut:
+                ids, places = encode_spans(self._tokenizer, text, max_length=limit)
+        return self._fitting(ids, field), tuple(places), cut
 
     def new_tokens(self, prompt_tokens: int, asked: int | None, field: str) -> int:
         """How many tokens may be generated: what was asked for, or 256, or what the context leaves if that is less."""
-        left = self._max_length - prompt_tokens
+        if self._apart and asked is not None and asked > self._max_length:
+            raise InvalidArgument(
+                f"{asked} tokens were asked for; the base generates at most {self._max_length}.", field=field
+            )
+        left = self._max_length - (0 if self._apart else prompt_tokens)
         if asked is None:
             return min(DEFAULT_MAX_TOKENS, left)
         if asked > left:
@@ -88,9 +105,21 @@ class Encoder:
                 field=field,
             )
 
+    def _fitting(self, ids: list[int], field: str) -> tuple[int, ...]:
+        if not ids:
+            raise InvalidArgument("The text has no tokens.", field=field)
+        if len(ids) > self._max_length:
+            raise InvalidArgument(
+                f"The text has {len(ids)} tokens, the base takes {self._max_length}; shorten it or set `truncate`.",
+                field=field,
+            )
+        return tuple(ids)
+
     def _leaving_room(self, ids: list[int], field: str) -> tuple[int, ...]:
         if not ids:
             raise InvalidArgument("The prompt has no tokens.", field=field)
+        if self._apart:
+            return self._fitting(ids, field)
         if len(ids) >= self._max_length:
             raise InvalidArgument(
                 f"The prompt has {len(ids)} tokens, the base takes {self._max_length} with the completion.", field=field

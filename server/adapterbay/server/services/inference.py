@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TypeVar, cast
@@ -15,28 +14,29 @@ from adapterbay.server.requests import (
     ArmSpec,
     ClassifyResult,
     ClassifyTask,
+    ClassifyTokensResult,
+    ClassifyTokensTask,
     Delta,
     EmbedResult,
     EmbedTask,
     GenerateResult,
     GenerateTask,
     PositionChances,
-    SamplingSpec,
     Task,
     Timings,
 )
 from adapterbay.server.services import messages
-from adapterbay.server.services.arms import require_head, resolve_arm, text_limit
+from adapterbay.server.services.arms import require_head, resolve_arm, text_limit, text_room
 from adapterbay.server.services.calls import Call, run_groups
 from adapterbay.server.services.comparison import compare
 from adapterbay.server.services.encode import Encoder
 from adapterbay.server.services.ports import EnginePort
+from adapterbay.server.services.selection import read_selection
 from adapterbay.server.services.validate import (
     GenerateMessage,
     read_conversation,
     read_pooling,
     read_sampling,
-    read_selection,
     read_texts,
     require_prompt,
 )
@@ -45,7 +45,7 @@ from adapterbay.v1 import inference_pb2, inference_pb2_grpc
 Req = TypeVar("Req")
 Res = TypeVar("Res")
 Context = grpc.aio.ServicerContext[Req, Res]
-TextResult = TypeVar("TextResult", ClassifyResult, EmbedResult)
+TextResult = TypeVar("TextResult", ClassifyResult, ClassifyTokensResult, EmbedResult)
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -57,7 +57,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     def __init__(self, engine: EnginePort) -> None:
         self._engine = engine
-        self._encoder = Encoder(engine.tokenizer, engine.base.max_length)
+        self._encoder = Encoder(engine.tokenizer, engine.base.max_length, apart=engine.base.kind == "encoder-decoder")
 
     async def Generate(
         self,
@@ -120,6 +120,33 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             provenance=messages.provenance(self._engine.base, arm, timings),
         )
 
+    async def ClassifyTokens(
+        self,
+        request: inference_pb2.ClassifyTokensRequest,
+        context: Context[inference_pb2.ClassifyTokensRequest, inference_pb2.ClassifyTokensResponse],
+    ) -> inference_pb2.ClassifyTokensResponse:
+        """Labels each token of texts with the head that the adapter brings."""
+        with Call(self._engine, context.time_remaining()) as call:
+            texts = read_texts(request.texts)
+            arm = await resolve_arm(self._engine.adapters, read_selection(request))
+            require_head(arm)
+            limit = await text_limit(self._engine.adapters, arm, self._engine.base.max_length)
+            encoded = await asyncio.to_thread(
+                lambda: [
+                    self._encoder.spans(text, limit=limit, truncate=request.truncate, field=f"texts[{index}]")
+                    for index, text in enumerate(texts)
+                ]
+            )
+            tasks = [ClassifyTokensTask(token_ids=ids, truncated=cut) for ids, _, cut in encoded]
+            results, timings = await self._run_texts(call, arm, tasks, ClassifyTokensResult)
+        return inference_pb2.ClassifyTokensResponse(
+            classifications=[
+                messages.token_classification(result, text, places, scores=request.scores)
+                for result, text, (_, places, _) in zip(results, texts, encoded, strict=True)
+            ],
+            provenance=messages.provenance(self._engine.base, arm, timings),
+        )
+
     async def Embed(
         self,
         request: inference_pb2.EmbedRequest,
@@ -130,7 +157,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             texts = read_texts(request.texts)
             pooling = read_pooling(request.pooling)
             arm = await resolve_arm(self._engine.adapters, read_selection(request))
-            encoded = await self._encode_texts(texts, self._engine.base.max_length, request.truncate)
+            limit = await text_room(self._engine.adapters, arm, self._engine.base.max_length)
+            encoded = await self._encode_texts(texts, limit, request.truncate)
             tasks = [
                 EmbedTask(token_ids=ids, pooling=pooling, normalize=request.normalize, truncated=cut)
                 for ids, cut in encoded
@@ -153,7 +181,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _generation(self, request: GenerateMessage) -> tuple[ArmSpec, GenerateTask]:
         """Everything that a generation needs, checked; settings before the registry is asked."""
-        choices = read_selection(request)
+        selected = read_selection(request)
         options = request.log_probabilities if request.HasField("log_probabilities") else None
         sampling = read_sampling(request.sampling, options)
         which = request.WhichOneof("input")
@@ -163,16 +191,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             require_prompt(request.prompt, "prompt")
         conversation = read_conversation(request.conversation, "conversation") if which == "conversation" else []
         require_generator(self._engine)
-        arm = await resolve_arm(self._engine.adapters, choices)
+        arm = await resolve_arm(self._engine.adapters, selected)
         if which == "prompt":
             ids = await asyncio.to_thread(self._encoder.prompt, request.prompt, "prompt")
         else:
             ids = await asyncio.to_thread(self._encoder.conversation, conversation, "conversation")
-        return arm, GenerateTask(prompt_ids=ids, sampling=self._bounded(sampling, len(ids)))
-
-    def _bounded(self, sampling: SamplingSpec, prompt_tokens: int) -> SamplingSpec:
-        most = self._encoder.new_tokens(prompt_tokens, sampling.max_tokens, "sampling.max_tokens")
-        return dataclasses.replace(sampling, max_tokens=most)
+        # Whoever asked for no number gets what the engine finds left, virtual tokens counted in.
+        self._encoder.new_tokens(len(ids), sampling.max_tokens, "sampling.max_tokens")
+        return arm, GenerateTask(prompt_ids=ids, sampling=sampling)
 
     async def _encode_texts(
         self, texts: Sequence[str], limit: int, truncate: bool

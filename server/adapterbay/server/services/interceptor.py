@@ -14,6 +14,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from adapterbay.registry.errors import InvalidArgument, Unavailable
+from adapterbay.server.adapters.tally import Counts
 from adapterbay.server.status import DETAILS_KEY, code_of, status_of
 
 _OURS = "/adapterbay.v1."
@@ -46,11 +47,15 @@ _REFUSALS = {
 
 
 class Gate:
-    """Admits calls while the server serves, and knows how many are under way."""
+    """Admits calls while the server serves, knows how many are under way, and counts those that ended.
+
+    `ended` has the method and the name of the status code; CANCELLED is also a caller that left.
+    """
 
     def __init__(self) -> None:
         self.phase = Phase.STARTING
         self.under_way = 0
+        self.ended = Counts()
 
     @contextlib.contextmanager
     def admitted(self, method: str) -> Iterator[None]:
@@ -177,15 +182,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 
     @contextlib.asynccontextmanager
     async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
+        name = method.rpartition("/")[2]
         try:
             with self._gate.admitted(method):
                 yield
+            self._gate.ended.add(name, "OK")
+        except asyncio.CancelledError:
+            self._gate.ended.add(name, "CANCELLED")
+            raise
         except _CallerGone as gone:
+            self._gate.ended.add(name, "CANCELLED")
             await _caller_gone(method, gone.__cause__)
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is becomes a status; bugs are logged there
             status = status_of(error)
+            self._gate.ended.add(name, code_of(error).name)
             _logger.info("%s: %s %s", method, code_of(error).name, status.message)
             try:
                 await context.abort(code_of(error), status.message, ((DETAILS_KEY, status.SerializeToString()),))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from adapterbay.server.requests import (
     ArmSpec,
     ClassifyResult,
+    ClassifyTokensResult,
     EmbedResult,
     FinishReason,
     GenerateResult,
@@ -15,6 +16,7 @@ from adapterbay.server.requests import (
     TokenChance,
 )
 from adapterbay.server.services.ports import BasePort
+from adapterbay.server.services.selection import write_settings
 from adapterbay.v1 import inference_pb2, types_pb2
 
 FINISH_REASONS = {
@@ -36,9 +38,14 @@ def provenance(base: BasePort, arm: ArmSpec, timings: Timings) -> types_pb2.Prov
                 version=part.version,
                 digest=part.digest,
                 weight=part.weight,
+                layer_weights=[
+                    types_pb2.LayerWeight(layers=pattern, weight=factor)
+                    for pattern, factor in (part.layer_weights.rules if part.layer_weights is not None else ())
+                ],
             )
             for part in arm.parts
         ],
+        fusion=write_settings(arm.fusion, arm.key[0][0]) if arm.fusion is not None else None,
         timings=types_pb2.Timings(
             queue_seconds=timings.queue,
             load_seconds=timings.load,
@@ -95,13 +102,42 @@ def classification(result: ClassifyResult) -> inference_pb2.Classification:
     return inference_pb2.Classification(
         label=result.labels[best],
         index=best,
-        scores=[
-            inference_pb2.LabelScore(label=label, probability=probability, logit=logit)
-            for label, probability, logit in zip(result.labels, result.probabilities, result.logits, strict=True)
-        ],
+        scores=_scores(result.labels, result.probabilities, result.logits),
         tokens=result.tokens,
         truncated=result.truncated,
     )
+
+
+def _scores(
+    labels: Sequence[str], probabilities: Sequence[float], logits: Sequence[float]
+) -> list[inference_pb2.LabelScore]:
+    return [
+        inference_pb2.LabelScore(label=label, probability=probability, logit=logit)
+        for label, probability, logit in zip(labels, probabilities, logits, strict=True)
+    ]
+
+
+def token_classification(
+    result: ClassifyTokensResult, text: str, places: Sequence[tuple[int, int] | None], *, scores: bool
+) -> inference_pb2.TokenClassification:
+    """The labels of a text's tokens. `places` has [begin, end) for each token of the row, None for special ones."""
+    labels = []
+    for place, probabilities, logits in zip(places, result.probabilities, result.logits, strict=True):
+        if place is None:
+            continue
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        labels.append(
+            inference_pb2.TokenLabel(
+                begin=place[0],
+                end=place[1],
+                token=text[place[0] : place[1]],
+                label=result.labels[best],
+                index=best,
+                probability=probabilities[best],
+                scores=_scores(result.labels, probabilities, logits) if scores else (),
+            )
+        )
+    return inference_pb2.TokenClassification(labels=labels, tokens=result.tokens, truncated=result.truncated)
 
 
 def embedding(result: EmbedResult) -> inference_pb2.Embedding:

@@ -29,7 +29,7 @@ class BasePort(Protocol):
 
     @property
     def kind(self) -> str:
-        """`causal-lm` or `encoder`."""
+        """`causal-lm`, `encoder` or `encoder-decoder`."""
 
     @property
     def max_length(self) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from adapterbay.registry.errors import InvalidArgument
 from adapterbay.server.requests import Pooling, SamplingSpec
@@ -27,56 +26,6 @@ POOLINGS = {
 }
 
 GenerateMessage = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
-SelectingMessage = GenerateMessage | inference_pb2.ClassifyRequest | inference_pb2.EmbedRequest | inference_pb2.Arm
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One adapter that a request named, not resolved yet. `field` is where it named it."""
-
-    reference: str
-    weight: float
-    field: str
-
-
-def read_selection(message: SelectingMessage, prefix: str = "") -> tuple[Choice, ...]:
-    """What should answer: no choice is the base alone, one an adapter, several a fusion. `prefix` ends with a dot."""
-    which = message.WhichOneof("selection")
-    if which is None:
-        raise InvalidArgument(
-            "Nothing was selected to answer: set `adapter`, `fusion` or `base`.", field=f"{prefix}selection"
-        )
-    if which == "base":
-        if not message.base:
-            raise InvalidArgument("`base` must be true when it is set; name an adapter instead.", field=f"{prefix}base")
-        return ()
-    if which == "adapter":
-        return (read_reference(message.adapter, f"{prefix}adapter"),)
-    return _read_fusion(message.fusion, f"{prefix}fusion.adapters")
-
-
-def _read_fusion(fusion: types_pb2.Fusion, path: str) -> tuple[Choice, ...]:
-    if not fusion.adapters:
-        raise InvalidArgument("A fusion needs at least one adapter.", field=path)
-    choices: list[Choice] = []
-    for index, entry in enumerate(fusion.adapters):
-        choice = read_reference(entry.adapter, f"{path}[{index}].adapter", entry.weight)
-        if not math.isfinite(entry.weight) or entry.weight == 0:
-            raise InvalidArgument(
-                f"The weight of {entry.adapter!r} is {entry.weight:g}; it must be finite and not zero.",
-                field=f"{path}[{index}].weight",
-            )
-        if any(other.reference == choice.reference for other in choices):
-            raise InvalidArgument(f"{entry.adapter!r} appears twice in the fusion.", field=choice.field)
-        choices.append(choice)
-    return tuple(choices)
-
-
-def read_reference(reference: str, field: str, weight: float = 1.0) -> Choice:
-    """A reference that is there; its grammar is the registry's business."""
-    if not reference:
-        raise InvalidArgument("The adapter reference is empty.", field=field)
-    return Choice(reference, weight, field)
 
 
 def read_sampling(

@@ -1,0 +1,1 @@
+"""What `bench/serving.py` measures, with what, and how it is told."""

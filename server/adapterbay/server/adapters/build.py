@@ -1,0 +1,316 @@
+"""From an adapter's files to its serving form: admitted once more, against the very base that will serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from adapterbay.registry import AdmissionReport, Manifest, admit
+from adapterbay.registry.admission.report import AdaptedModule, AdaptedSite, TrainedTokens
+from adapterbay.registry.errors import NoEffect, Rejected, UnsupportedMethod
+from adapterbay.registry.manifest import WEIGHTS_FILE
+from adapterbay.server.adapters.forms import (
+    LM_HEAD,
+    AttentionPrompt,
+    Bottleneck,
+    LinearForm,
+    NormForm,
+    Prefix,
+    Prompt,
+    ServingForm,
+    TableForm,
+)
+from adapterbay.server.convert.attention import attention_prompt
+from adapterbay.server.convert.lora import dora_form, embedding_factors, lora_form
+from adapterbay.server.convert.read import read_layers
+from adapterbay.server.convert.tables import replaced_rows, tied_head, whole_table
+from adapterbay.server.convert.tree import dense_weight, peft_root
+from adapterbay.server.convert.virtual import PREFIXES, PROMPTS, read_prefix, read_prompt
+from adapterbay.server.heads import head_from
+
+if TYPE_CHECKING:
+    from adapterbay.server.model import ServingModel
+
+READ_DIRECTLY: Final = frozenset({"LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "BOTTLENECK"})
+"""Methods that change no linear layer by a formula of their own."""
+
+
+def build_form(manifest: Manifest, files: Mapping[str, bytes], model: ServingModel) -> ServingForm:
+    """Admits an adapter's files against the base at hand, and reads them.
+
+    Raises what `adapterbay.registry.admit` raises, and UnsupportedMethod for what admission knows and this base or this
+    engine has no place for.
+    """
+    report = admit(
+        files, model.base.files.tensor_shapes(), base_config=model.base.files.config, labels=manifest.labels or None
+    )
+    with torch.no_grad():
+        return _Builder(manifest, report, load_safetensors(files[WEIGHTS_FILE]), model).build()
+
+
+class _Builder:
+    """Collects what one adapter does to each place of the base."""
+
+    def __init__(
+        self, manifest: Manifest, report: AdmissionReport, tensors: Mapping[str, Tensor], model: ServingModel
+    ) -> None:
+        self._manifest = manifest
+        self._report = report
+        self._method = report.peft_type
+        self._tensors = tensors
+        self._model = model
+        self._sites = model.sites
+        self._prefix = str(model.base.model.base_model_prefix)
+        self._layers: dict[str, LinearForm] = {}
+        self._norms: dict[str, NormForm] = {}
+        self._tables: dict[str, TableForm] = {}
+
+    def build(self) -> ServingForm:
+        """The form. Raises NoEffect if nothing came together."""
+        report = self._report
+        virtual = self._virtual()
+        if self._method == "LORA" and self._formula_of_lora():
+            self._take_lora()
+        elif virtual is None and self._method not in READ_DIRECTLY:
+            self._read_layers()
+        for tokens in report.tokens:
+            self._take_tokens(tokens)
+        for site in report.saved:
+            self._take_saved(site)
+        for site in report.copies:
+            self._check_copy(site)
+        bottlenecks = {}
+        attention = {}
+        for site in report.sites:
+            if self._method == "LN_TUNING":
+                parts = {key.removeprefix("ln_tuning_layers."): t for key, t in self._of(site).items()}
+                self._norms[self._norm(site.name)] = NormForm(parts)
+            elif self._method == "BOTTLENECK":
+                place = self._norm if site.kind == "norm" else self._linear
+                bottlenecks[place(site.name)] = self._bottleneck(self._of(site))
+            elif self._method == "ADAPTION_PROMPT":
+                index, prompt = self._attention_prompt(site.name, self._of(site))
+                attention[index] = prompt
+        head = None
+        if report.head is not None:
+            parts = {name: self._tensors[key] for name, key in report.head.parts.items()}
+            head = head_from(parts, self._model.base.files.config, self._manifest.task, self._manifest.labels)
+        if not (self._layers or self._norms or self._tables or bottlenecks or attention or virtual or head):
+            raise NoEffect("No tensor of the adapter has a place in this base: it would answer as the base does.")
+        return ServingForm(
+            digest=self._manifest.digest,
+            manifest=self._manifest,
+            layers=self._layers,
+            norms=self._norms,
+            tables=self._tables,
+            bottlenecks=bottlenecks,
+            attention=attention,
+            head=head,
+            virtual=virtual,
+            invocation=report.invocation or None,
+        )
+
+    # Places.
+
+    def _of(self, site: AdaptedSite) -> dict[str, Tensor]:
+        return {suffix: self._tensors[key] for suffix, key in site.tensors.items()}
+
+    def _find(self, name: str) -> str | None:
+        """The path of a module in our base, whatever prefix the adapter's model class has; None: there is none."""
+        if name == self._sites.head_name:
+            return LM_HEAD
+        known = (self._sites.linears, self._sites.norms, self._sites.tables)
+        for path in (name.removeprefix(f"{self._prefix}."), name):
+            if any(path in places for places in known):
+                return path
+        return None
+
+    def _linear(self, name: str) -> str:
+        return self._found(name, self._sites.linears, "a linear layer")
+
+    def _norm(self, name: str) -> str:
+        return self._found(name, self._sites.norms, "a normalization layer")
+
+    def _table(self, name: str) -> str:
+        return self._found(name, self._sites.tables, "the input embedding")
+
+    def _found(self, name: str, places: Mapping[str, Any], kind: str) -> str:
+        path = self._find(name)
+        if path is None or path not in places:
+            raise UnsupportedMethod(f"Module {name} is not {kind} of this base.", metadata={"module": name})
+        return path
+
+    def _put(self, path: str, form: LinearForm, name: str) -> None:
+        if path in self._layers:
+            raise Rejected(f"The adapter names layer {name} twice.", reason="UNKNOWN_MODULE")
+        self._layers[path] = form
+
+    # Layers.
+
+    def _formula_of_lora(self) -> bool:
+        """Whether PEFT's layers compute W x + scaling · B A x with the base's own W, up to DoRA's scale."""
+        config = self._report.config
+        return not (
+            self._report.initialisation
+            or config.get("use_qalora")
+            or any(m.diagonal_key or m.blocks_a or m.blocks_b for m in self._report.modules)
+            or any(m.magnitude_key and (m.bias_key or m.kind == "embedding") for m in self._report.modules)
+        )
+
+    def _take_lora(self) -> None:
+        for module in self._report.modules:
+            a, b = self._tensors[module.a_key], self._tensors[module.b_key]
+            if module.kind == "embedding":
+                self._take_lora_table(module)
+                continue
+            path = self._linear(module.name)
+            if module.magnitude_key is None:
+                b_bias = self._tensors[module.bias_key] if module.bias_key else None
+                self._put(path, lora_form(a, b, module.scaling, b_bias=b_bias), module.name)
+                continue
+            layer = self._sites.linears[path]
+            bias = None if layer.bias is None else layer.bias.detach().float()
+            magnitude = self._tensors[module.magnitude_key]
+            self._put(path, dora_form(a, b, module.scaling, magnitude, dense_weight(layer), bias), module.name)
+
+    def _take_lora_table(self, module: AdaptedModule) -> None:
+        if module.magnitude_key:
+            raise UnsupportedMethod("DoRA on the embedding is not served: leave it out of target_modules.")
+        if self._model.seq2seq is not None:
+            raise UnsupportedMethod(
+                f"LoRA on {module.name} is not served: PEFT adapts a copy of the embedding that an encoder-decoder never "
+                "calls, so it would have no effect. Leave it out of target_modules."
+            )
+        factors = embedding_factors(self._tensors[module.a_key], self._tensors[module.b_key], module.scaling)
+        self._tables[self._table(module.name)] = TableForm(low_rank=factors)
+
+    def _read_layers(self) -> None:
+        """Has PEFT itself build its layers over a view of the base, and reads them."""
+        tensors = {key: self._tensors[key] for key in self._report.method_keys}
+        for module in self._report.modules:
+            if module.kind == "embedding":
+                self._take_lora_table(module)
+        for name, form in read_layers(self._root(tensors), self._report.config, tensors, self._model.dtype).items():
+            self._put(self._linear(name), form, name)
+
+    def _root(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The tree that the adapter's names fit."""
+        inside = f"base_model.model.{self._prefix}."
+        of_layers = [key for key in tensors if key.startswith("base_model.model.")]
+        task = self._report.config.get("task_type")
+        prefixed = any(key.startswith(inside) for key in of_layers) if of_layers else task != "FEATURE_EXTRACTION"
+        base = self._model.base
+        with_head = task in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
+        return peft_root(base.model, base.backbone, self._prefix, prefixed=prefixed, head=with_head)
+
+    # Rows, whole modules, biases.
+
+    def _take_tokens(self, trained: TrainedTokens) -> None:
+        """Trained rows of the embedding, and of the head if it shares them; or of a head of its own."""
+        rows, path = self._tensors[trained.key], self._find(trained.name)
+        weight = next(iter(self._sites.tables.values())).weight.detach()
+        if path == LM_HEAD and not self._tied():
+            weight = dense_weight(self._sites.linears[LM_HEAD])
+        form = replaced_rows(trained.tokens, rows, weight.shape[0])
+        if path != LM_HEAD or self._tied():
+            table = next(iter(self._sites.tables)) if path == LM_HEAD else self._table(trained.name)
+            mine = self._tables.get(table)
+            if mine is not None and mine.low_rank is not None:
+                raise UnsupportedMethod("LoRA and trained tokens on one embedding are not served together.")
+            self._tables[table] = form
+        if (path == LM_HEAD or self._tied()) and LM_HEAD not in self._layers:
+            self._put(LM_HEAD, tied_head(form, weight), trained.name)
+
+    def _take_saved(self, site: AdaptedSite) -> None:
+        """A module with parameters of its own: a norm, the embedding, a linear layer, or a bias alone."""
+        path, own = self._find(site.name), self._of(site)
+        if path in self._sites.norms:
+            self._norms[path] = NormForm(own)
+            return
+        if path in self._sites.tables:
+            table = self._sites.tables[path]
+            self._check_shape(site.name, own["weight"], table.weight.shape)
+            self._tables[path] = whole_table(own["weight"])
+            if self._tied() and self._report.config.get("ensure_weight_tying"):
+                self._put(LM_HEAD, LinearForm(dense=own["weight"].float() - table.weight.float()), site.name)
+            return
+        path = self._linear(site.name)
+        layer = self._sites.linears[path]
+        if "weight" in own:
+            weight = dense_weight(layer)
+            saved = own["weight"].t() if site.kind == "conv1d" else own["weight"]
+            self._check_shape(site.name, saved, weight.shape)
+            self._put(path, LinearForm(dense=saved.float() - weight), site.name)
+        if "bias" in own:
+            if layer.bias is None:
+                raise Rejected(f"The base has no bias on {site.name}.", reason="UNKNOWN_TENSOR")
+            change = own["bias"].float() - layer.bias.detach().float()
+            self._layers[path] = self._layers.get(path, LinearForm()).plus_bias(change)
+
+    def _tied(self) -> bool:
+        return bool(getattr(self._model.base.model.config, "tie_word_embeddings", False)) and (
+            LM_HEAD in self._sites.linears
+        )
+
+    def _check_shape(self, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+        if tuple(tensor.shape) != tuple(shape):
+            raise Rejected(
+                f"{name}.weight has the shape {list(tensor.shape)}, and the base's {list(shape)}: an adapter that "
+                "changes the vocabulary is not served.",
+                reason="SHAPE_MISMATCH",
+            )
+
+    def _check_copy(self, site: AdaptedSite) -> None:
+        """PEFT saves the embedding and the head beside a LoRA on them; they must be the base's own."""
+        path = self._find(site.name)
+        if path in self._sites.tables:
+            own = self._sites.tables[path].weight.detach()
+        else:
+            own = dense_weight(self._sites.linears[self._linear(site.name)])
+        narrow = self._model.dtype
+        for copied in self._of(site).values():
+            self._check_shape(site.name, copied, own.shape)
+            if not torch.equal(copied.to(narrow), own.to(narrow)):
+                raise UnsupportedMethod(
+                    f"The adapter brings its own {site.name} beside a LoRA on it: train it with modules_to_save "
+                    "instead, or save with save_embedding_layers=False if it is the base's.",
+                    metadata={"module": site.name},
+                )
+
+    # The rest.
+
+    def _virtual(self) -> Prompt | Prefix | None:
+        if self._method in PROMPTS:
+            return read_prompt(self._method, self._tensors)
+        if self._method in PREFIXES:
+            return read_prefix(self._method, self._tensors, self._model.attention_shapes)
+        return None
+
+    def _attention_prompt(self, name: str, parts: Mapping[str, Tensor]) -> tuple[int, AttentionPrompt]:
+        path = name.removeprefix(f"{self._prefix}.")
+        key, value = (self._sites.linears.get(f"{path}.{part}") for part in ("k_proj", "v_proj"))
+        index = getattr(self._sites.backbone.get_submodule(path), "layer_idx", None)
+        if key is None or value is None or not isinstance(index, int):
+            raise UnsupportedMethod(
+                "ADAPTION_PROMPT is served on Llama and Mistral only: elsewhere PEFT adds it at another place.",
+                metadata={"peft_type": self._method},
+            )
+        size = self._model.attention_shapes[index].key_size
+        return index, attention_prompt(parts["adaption_prompt"], parts["adaption_gate"], key, value, size)
+
+    def _bottleneck(self, parts: Mapping[str, Tensor]) -> Bottleneck:
+        config = self._report.config
+        norm = {name.removeprefix("adapter_norm."): t for name, t in parts.items() if name.startswith("adapter_norm.")}
+        return Bottleneck(
+            down=parts["adapter_down.weight"],
+            down_bias=parts.get("adapter_down.bias"),
+            up=parts["adapter_up.weight"],
+            up_bias=parts.get("adapter_up.bias"),
+            activation=str(config.get("non_linearity") or "relu"),
+            scaling=float(config.get("scaling") or 1.0),
+            norm=norm or None,
+        )

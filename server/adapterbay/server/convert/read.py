@@ -1,0 +1,121 @@
+"""Has PEFT read an adapter: its config, its tensors, its layers, over a tree that shows the base."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from adapterbay.registry.errors import Rejected, UnsupportedMethod
+from adapterbay.server.adapters.forms import LinearForm
+from adapterbay.server.convert.direct import ADAPTER
+from adapterbay.server.convert.layers import LayerReader, tuner_layers
+from adapterbay.server.convert.tree import View, make_plain
+
+_PEFT = threading.Lock()
+"""PEFT warns, patches and seeds globally: one adapter at a time."""
+
+PLAIN_ONLY: Final = frozenset({"GLORA"})
+"""Methods that take nothing but torch's own nn.Linear, no subclass of it."""
+
+SHAPES_ONLY: Final = frozenset(
+    {"ADALORA", "BEFT", "BOFT", "C3A", "FOURIERFT", "HRA", "IA3", "LOHA", "LOKR", "OFT", "ROAD", "VBLORA", "VERA"}
+    | {"WAVEFT"}
+)
+"""Methods that look at no value of the base's weights while they are built: reading them would take the time."""
+
+
+def read_layers(
+    root: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, LinearForm]:
+    """The forms of all linear layers that an adapter changes, by their path in `root` (see `tree.peft_root`).
+
+    `config` is adapter_config.json, `tensors` its tensors without heads, saved modules,
+    embeddings and biases; `dtype` that of the serving base. Raises
+    Rejected for tensors that PEFT has no place for, and UnsupportedMethod for what PEFT itself refuses on this base.
+    """
+    method = str(config["peft_type"])
+    rewrites_base = method == "LORA"  # PiSSA and its like subtract their start from the base's weight
+    for module in root.modules():
+        if isinstance(module, View):
+            module.keeps = rewrites_base
+            module.shows_values = method not in SHAPES_ONLY
+    if method in PLAIN_ONLY:
+        make_plain(root)
+    with _PEFT, torch.no_grad(), _quiet(), _own_randomness():
+        model = _inject(root, config, method)
+        _load(model, tensors, method)
+        for module in root.modules():
+            if isinstance(module, View):
+                module.shows_values = True
+        reader = LayerReader(method, dtype)
+        forms = {}
+        for path, layer in tuner_layers(model.base_model.model).items():
+            base_layer = layer.get_base_layer()
+            if isinstance(base_layer, nn.Embedding):
+                continue  # `tables` reads those
+            layer.eval().float()
+            forms[path] = reader.read(layer, base_layer, path)
+        return forms
+
+
+def _inject(root: nn.Module, config: Mapping[str, Any], method: str) -> Any:
+    from peft import PeftModel
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    known = {field.name for field in dataclasses.fields(config_class)}
+    settings = {key: value for key, value in config.items() if key in known}
+    overrides = {
+        "modules_to_save": None,
+        "bias": "none",
+        "trainable_token_indices": None,
+        "base_model_name_or_path": None,
+        "auto_mapping": None,
+        "inference_mode": True,
+    }
+    settings |= {key: value for key, value in overrides.items() if key in settings}
+    try:
+        return PeftModel(root, config_class(**settings), adapter_name=ADAPTER)
+    except (ValueError, TypeError, NotImplementedError, ImportError, KeyError, AttributeError) as error:
+        raise UnsupportedMethod(
+            f"PEFT cannot put this {method} adapter on this base: {str(error)[:300]}", metadata={"peft_type": method}
+        ) from error
+
+
+def _load(model: Any, tensors: Mapping[str, Tensor], method: str) -> None:
+    from peft import set_peft_model_state_dict
+
+    try:
+        result = set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise Rejected(
+            f"PEFT cannot load the tensors of this {method} adapter: {str(error)[:300]}", reason="SHAPE_MISMATCH"
+        ) from error
+    unexpected = result.unexpected_keys
+    if unexpected:
+        raise Rejected(
+            f"PEFT has no place for {len(unexpected)} tensors, such as {unexpected[0][:200]!r}.",
+            reason="UNKNOWN_TENSOR",
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PEFT's warnings: what matters is said by our own errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _own_randomness() -> Iterator[None]:
+    """PEFT draws initial values before the saved ones replace them; nobody else's random stream may notice."""
+    with torch.random.fork_rng(devices=[]):
+        yield

@@ -1,0 +1,88 @@
+"""What the tokens of a step use of a group of linear layers that read the same input, as the kernels take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adapterbay.server.kernels import ops
+from adapterbay.server.mix.linear import LinearSite, MixedLinear
+from adapterbay.server.mix.plan import AdapterMix
+from adapterbay.server.mix.pools import Layout
+
+NOTHING = torch.empty(0, dtype=torch.int32)
+
+
+class RankPlans:
+    """One mix's plans, made once for each distinct pool layout; by layer where a weight differs from layer to layer."""
+
+    def __init__(self, mix: AdapterMix) -> None:
+        self.mix = mix
+        self.keys = frozenset(key for run in mix.runs for key, _ in run.parts)
+        self._by_layer = any(not isinstance(weight, float | int) for run in mix.runs for _, weight in run.parts)
+        self._plans: dict[tuple[Layout, str], Tensor] = {}
+
+    def of(self, layout: Layout, path: str) -> Tensor:
+        """The plan of one site."""
+        key = (layout, path if self._by_layer else "")
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan(layout, path)
+        return plan
+
+    def _plan(self, layout: Layout, path: str) -> Tensor:
+        runs = []
+        for run in self.mix.runs:
+            spans = []
+            for key, weight in run.parts:
+                span = layout.spans.get(key)
+                factor = weight if isinstance(weight, float | int) else weight.at(path)
+                if span is not None and factor:
+                    spans.append((span.start, span.rank, factor * span.scaling))
+            if spans:
+                runs.append((run.start, run.stop, spans))
+        return ops.rank_plan(runs)
+
+
+Operands = tuple[list[Tensor], ...]
+"""For each group of layers: a, b and plan of each layer, one after another; empty when nobody uses any of them."""
+
+
+class RankGroups:
+    """The groups of one decoder layer."""
+
+    def __init__(self, groups: Sequence[Sequence[MixedLinear]], dtype: torch.dtype) -> None:
+        self._groups = groups
+        self._idle = {
+            layer.path: (
+                torch.zeros(0, layer.in_features, dtype=dtype),
+                torch.zeros(0, layer.out_features, dtype=dtype),
+            )
+            for group in groups
+            for layer in group
+        }
+
+    def operands(self, plans: RankPlans | None) -> Operands | None:
+        """What the kernels take; None when an adapter of the step changes more here than low-rank deltas do. Valid for
+        as long as nothing is placed or removed."""
+        if plans is None:
+            return tuple([] for _ in self._groups)
+        sites = (layer.site for group in self._groups for layer in group)
+        if not all(site is None or site.only_ranks_of(plans.keys) for site in sites):
+            return None
+        return tuple(self._make(group, plans) for group in self._groups)
+
+    def _make(self, group: Sequence[MixedLinear], plans: RankPlans) -> list[Tensor]:
+        made: list[Tensor] = []
+        used = False
+        for layer in group:
+            site: LinearSite | None = layer.site
+            plan = NOTHING if site is None else plans.of(site.pool.layout, layer.path)
+            if site is None or not plan.numel():
+                made.extend((*self._idle[layer.path], NOTHING))
+            else:
+                used = True
+                made.extend((site.pool.a, site.pool.b, plan))
+        return made if used else []

@@ -1,0 +1,304 @@
+"""Host memory by itself: its budget, who gives way, pins, and loads that fail or turn out larger than their files."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from engine_tools import Harness
+from tiny import TARGETS, make_adapter, make_base
+from zoo import Zoo
+
+from adapterbay.registry import Manifest, Registry
+from adapterbay.registry.errors import BaseMismatch, Corrupted, InvalidArgument, Unavailable
+from adapterbay.server.adapters.forms import LinearForm, ServingForm
+from adapterbay.server.adapters.residency import HostMemory, Residency, Resident
+from adapterbay.server.adapters.tally import Histogram
+
+SECONDS = 20
+
+
+class Memory:
+    """A host memory over forms of chosen sizes. `files` is what the registry says, `forms` what comes of it."""
+
+    def __init__(self, manifest: Manifest, budget: int, files: Mapping[str, int], forms: Mapping[str, int]) -> None:
+        self.gates: dict[str, threading.Event] = {}
+        self.loads: list[str] = []
+        self.vacated: list[str] = []
+        self._manifest = manifest
+        self._forms = {**files, **forms}
+        self.host = HostMemory(self._load, files.__getitem__, budget_bytes=budget, threads=2, vacate=self._vacate)
+
+    def _load(self, digest: str) -> ServingForm:
+        self.loads.append(digest)
+        if digest in self.gates:
+            assert self.gates[digest].wait(SECONDS)
+        if digest.startswith("bad"):
+            raise Corrupted(f"{digest} is not what it was.")
+        form = LinearForm(bias=torch.zeros(self._forms[digest] // 4))
+        return ServingForm(digest=digest, manifest=self._manifest, layers={"only": form})
+
+    def _vacate(self, resident: Resident) -> None:
+        self.vacated.append(resident.digest)
+
+    def used(self, digest: str) -> Resident:
+        """Holds until it is there."""
+        resident = self.host.hold(digest)
+        resident.loading.result(SECONDS)
+        return resident
+
+    def touched(self, *digests: str) -> None:
+        for digest in digests:
+            self.host.release(self.used(digest))
+
+
+Make = Callable[..., Memory]
+
+
+@pytest.fixture
+def make(zoos: dict[str, Zoo]) -> Iterator[Make]:
+    registry = zoos["llama"].registry
+    manifest = registry.manifest(registry.resolve("a0").digest)
+    made: list[Memory] = []
+
+    def memory(budget: int, files: Mapping[str, int], **forms: int) -> Memory:
+        made.append(Memory(manifest, budget, files, forms))
+        return made[-1]
+
+    yield memory
+    for each in made:
+        each.host.close()
+
+
+def test_the_least_recently_used_gives_way(make: Make) -> None:
+    memory = make(300, dict.fromkeys("abcd", 100))
+    memory.touched("a", "b", "c", "a", "d")
+    assert memory.host.resident() == ("c", "a", "d")
+    assert memory.vacated == ["b"]
+    assert (memory.host.tally.hits.of(), memory.host.tally.misses.of()) == (1, 4)
+    assert memory.host.tally.evictions.of() == 1
+    assert sum(memory.host.tally.load_seconds.read()[0]) == 4
+
+
+def test_nobody_gives_way_for_what_would_not_fit_anyway(make: Make) -> None:
+    memory = make(300, {"a": 100, "b": 100, "large": 250})
+    memory.touched("a")
+    held = memory.used("b")
+    large = memory.host.hold("large")
+    assert memory.host.resident() == ("a", "b")
+    assert memory.host.counts().queued == 1
+    memory.host.release(held)
+    large.loading.result(SECONDS)
+    assert memory.host.resident() == ("large",)
+
+
+def test_the_pinned_and_the_held_stay(make: Make) -> None:
+    memory = make(300, dict.fromkeys("abcde", 100))
+    memory.host.pin("a", True)
+    held = memory.used("b")
+    memory.touched("c", "d", "e")
+    assert set(memory.host.resident()) == {"a", "b", "e"}
+    memory.host.release(held)
+    memory.host.pin("a", False)
+    memory.touched("c", "d")
+    assert memory.host.resident() == ("e", "c", "d")
+
+
+def test_pins_stop_at_the_budget(make: Make) -> None:
+    memory = make(250, dict.fromkeys("abc", 100))
+    for digest in "aba":
+        memory.host.pin(digest, True)
+    with pytest.raises(InvalidArgument, match="cannot be pinned"):
+        memory.host.pin("c", True)
+    memory.host.load("a").result(SECONDS)
+    with pytest.raises(InvalidArgument, match="pinned"):
+        memory.host.unload("a")
+    assert memory.host.counts().pinned == 2
+
+
+def test_a_form_that_is_larger_than_its_files_keeps_to_the_budget(make: Make) -> None:
+    """It is known by its size from then on; it waits for the one that is held, and takes the place of the idle one."""
+    memory = make(300, dict.fromkeys(("a", "b", "grows"), 100), grows=252)
+    memory.touched("a")
+    held = memory.used("b")
+    grows = memory.host.hold("grows")
+    while not memory.host.counts().queued:
+        assert not grows.loading.done()
+    assert memory.host.used_bytes == 200
+    assert memory.host.resident() == ("a", "b")
+    memory.host.release(held)
+    grows.loading.result(SECONDS)
+    assert memory.loads.count("grows") == 2
+    assert memory.host.used_bytes == 252
+    memory.host.release(grows)
+    memory.touched("a")
+    memory.touched("grows")
+    assert memory.loads.count("grows") == 3, "its size was forgotten"
+
+
+def test_what_is_larger_than_everything_is_refused(make: Make) -> None:
+    memory = make(200, {"file": 300, "form": 100, "a": 100}, form=300)
+    with pytest.raises(InvalidArgument, match=r"300 bytes.*200"):
+        memory.host.hold("file")
+    with pytest.raises(InvalidArgument, match=r"300 bytes.*200"):
+        memory.used("form")
+    assert memory.host.used_bytes == 0
+    memory.touched("a")
+    assert memory.host.tally.failures.read() == {("INVALID_ARGUMENT",): 1}
+
+
+def test_relief_goes_beyond_the_budget_and_comes_back(make: Make) -> None:
+    """Two requests hold one adapter each and wait for another: nobody would ever let go."""
+    memory = make(200, dict.fromkeys("abcd", 100))
+    first = [memory.used("a")]
+    second = [memory.used("b")]
+    first.append(memory.host.hold("c"))
+    second.append(memory.host.hold("d"))
+    assert memory.host.used_bytes == 200
+    memory.host.relieve()
+    first[1].loading.result(SECONDS)
+    assert memory.host.used_bytes == 300
+    for resident in first:
+        memory.host.release(resident)
+    second[1].loading.result(SECONDS)
+    assert memory.host.used_bytes <= 200
+    for resident in second:
+        memory.host.release(resident)
+
+
+def test_one_load_that_fails_fails_its_own_rows_and_may_be_tried_again(make: Make) -> None:
+    memory = make(300, dict.fromkeys(("bad", "good"), 100))
+    memory.gates["bad"] = threading.Event()
+    waiting = [memory.host.hold("bad") for _ in range(3)]
+    assert waiting[0] is waiting[1] is waiting[2]
+    good = memory.used("good")
+    memory.gates["bad"].set()
+    with pytest.raises(Corrupted):
+        waiting[0].loading.result(SECONDS)
+    for resident in waiting:
+        memory.host.release(resident)
+    assert memory.host.used_bytes == good.size == 100
+    with pytest.raises(Corrupted):
+        memory.used("bad")
+    assert memory.loads.count("bad") == 2
+    assert memory.host.tally.failures.read() == {("CORRUPTED",): 2}
+
+
+def test_unloaded_while_it_loads(make: Make) -> None:
+    memory = make(300, {"a": 100})
+    memory.gates["a"] = threading.Event()
+    old = memory.host.hold("a")
+    freed: Future[int] = memory.host.unload("a")
+    new = memory.host.hold("a")
+    assert new is not old
+    assert new.key != old.key
+    memory.gates["a"].set()
+    for resident in (old, new):
+        resident.loading.result(SECONDS)
+    assert not freed.done()
+    memory.host.release(old)
+    assert freed.result(SECONDS) == 100
+    assert memory.host.used_bytes == 100
+    assert memory.host.residency("a").state is Residency.HOST
+    memory.host.release(new)
+
+
+def test_closing_fails_every_load_that_has_not_begun(make: Make) -> None:
+    memory = make(300, dict.fromkeys("abcd", 100))
+    for digest in "abcd":
+        memory.gates[digest] = threading.Event()
+    residents = [memory.host.hold(digest) for digest in "abcd"]  # two load, one waits for a thread, one for room
+    while len(memory.loads) < 2:
+        pass
+    closing = threading.Thread(target=memory.host.close)
+    closing.start()
+    while not memory.host._closed:
+        pass
+    for gate in memory.gates.values():
+        gate.set()
+    closing.join(SECONDS)
+    for resident in residents[:2]:
+        resident.loading.result(SECONDS)
+    for resident in residents[2:]:
+        with pytest.raises(Unavailable):
+            resident.loading.result(SECONDS)
+
+
+def test_loading_threads_compute_alone_and_take_no_cores_from_others() -> None:
+    """In a process of its own, with four threads."""
+    code = """
+import threading, torch
+from adapterbay.server.adapters.loaders import loading_threads
+torch.set_num_threads(4)
+for _ in range(2):
+    executor = loading_threads(3)
+    assert {executor.submit(torch.get_num_threads).result() for _ in range(12)} == {1}
+    assert torch.get_num_threads() == 4, "who makes them lost its threads"
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start(), thread.join()
+    assert later == [4], "who begins after them has too few"
+    executor.shutdown()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_histograms_count_each_duration_once() -> None:
+    histogram = Histogram((0.1, 1.0))
+    for seconds in (0.05, 0.1, 0.2, 5.0):
+        histogram.add(seconds)
+    assert histogram.read() == ((2, 1, 1), pytest.approx(5.35))
+
+
+@pytest.fixture
+def own(zoos: dict[str, Zoo], tmp_path: Path) -> Zoo:
+    """A registry of the test's own over the session's base."""
+    return Zoo(zoos["llama"].base, Registry.open(tmp_path / "registry"))
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_fingerprints(own: Zoo, tmp_path: Path) -> None:
+    other = make_base(tmp_path / "other", "llama", seed=9)
+    make_adapter(other, tmp_path / "x", targets=TARGETS["llama"][0])
+    own.registry.push(tmp_path / "x", "x", base=f"folder:{other}")
+    with Harness(own.base, own.registry) as harness:
+        with pytest.raises(BaseMismatch) as caught:
+            harness.generate("x", [30, 31, 32], 1)
+        ours = harness.engine.base.fingerprint
+        assert caught.value.expected == ours
+        assert caught.value.actual != ours
+        assert ours in caught.value.message
+        assert caught.value.actual in caught.value.message
+        assert len(harness.generate(None, [30, 31, 32], 2).generated().token_ids) == 2
+
+
+def test_what_is_unloaded_is_gone_at_once(own: Zoo, tmp_path: Path) -> None:
+    """By its last reference: if circles held weights, megabytes would lie about until a full garbage collection."""
+    own.add("x", tmp_path / "x", targets=TARGETS["llama"][1])
+    with Harness(own.base, own.registry) as harness:
+        digest = harness.arm("x").parts[0].digest
+        harness.generate(None, [30, 31, 32], 1).wait()
+        gc.collect()
+        gc.disable()
+        try:
+            harness.generate("x", [30, 31, 32], 2).wait()
+            harness.idle()
+            form = harness.engine.adapters.memory._table[digest].form
+            assert form is not None
+            tensors = [weakref.ref(tensor) for tensor in form.tensors()]
+            assert tensors
+            del form
+            harness.engine.adapters.unload(digest).result(10)
+            harness.generate(None, [30, 31, 32], 1).wait()  # the slots are vacated before the next step
+            harness.idle()
+            assert not [tensor for tensor in tensors if tensor() is not None]
+        finally:
+            gc.enable()
