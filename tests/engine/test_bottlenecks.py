@@ -70,7 +70,9 @@ def bay(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     root = tmp_path_factory.mktemp("bay") / name
     bay = Bay(make_base(root / "base", name, layers=2), Registry.open(root / "registry"))
     task = "FEATURE_EXTRACTION" if name in ENCODERS else "CAUSAL_LM"
-    configs: dict[str, dict[str, Any]] = {"scaled": {"scaling": 0.5, "layer_norm_before": True, "non_linearity": "tanh"}}
+    configs: dict[str, dict[str, Any]] = {
+        "scaled": {"scaling": 0.5, "layer_norm_before": True, "non_linearity": "tanh"}
+    }
     configs |= {preset: {"non_linearity": activation} for preset, activation in PRESETS.items()}
     if name in NORMS:
         configs["through"] = {"through_norm": True, **NORMS[name]}

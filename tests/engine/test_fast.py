@@ -221,6 +221,20 @@ def test_an_adapter_in_anothers_place(pair: Pair) -> None:
     assert not torch.equal(seen[0][0], seen[1][0])
 
 
+def test_a_mix_that_is_kept_between_steps_sees_what_changed(pair: Pair) -> None:
+    mix = AdapterMix(3, [Run(0, 3, (("a", 1.0),))], torch.float32, torch.device("cpu"))
+    plan = AttentionPlan(causal=True, segments=(Segment(0, 3, None),))
+    for form in (lora(pair.plain, 1, 8), lora(pair.plain, 2, 8), others(pair.plain)["dense"]):
+        pair.place("a", form)
+        arguments = (torch.arange(20, 23), torch.arange(3), mix, plan)
+        with torch.inference_mode():
+            states = [
+                model.forward(*arguments, logits_at=None, want_hidden=True)[0] for model in (pair.fused, pair.plain)
+            ]
+        near(states[:1], states[1:])  # type: ignore[arg-type]
+        pair.remove("a", form)
+
+
 def others(model: ServingModel) -> dict[str, ServingForm]:
     """Forms that the kernels do not compute, in the last layer."""
     g = torch.Generator().manual_seed(3)
@@ -300,9 +314,7 @@ def test_hidden_states_and_virtual_tokens(pair: Pair) -> None:
         finally:
             step_context.virtual = None
         assert none is None
-        assert hidden is not None
-        assert states is not None
-        assert torch.equal(hidden, states)
+        assert torch.equal(hidden, states)  # type: ignore[arg-type]
         outs.append([hidden, logits])
     near(outs[0], outs[1])  # type: ignore[arg-type]
 
@@ -335,7 +347,6 @@ def test_weights_are_held_once(bases: dict[str, Path], dtype: str) -> None:
 def test_an_int8_base_is_fused(bases: dict[str, Path]) -> None:
     """As the same layers one by one, up to what a float32 sum in another order moves an input across a step."""
     models = [load(bases["qwen2"], mode="off") for _ in range(2)]
-    parts = [*MIXES["some"]]
     for model in models:
         backbone = [layer for path, layer in model.sites.linears.items() if path != "lm_head"]
         quantized.requantize(backbone, quantized.Int8Linear.of)
@@ -351,7 +362,7 @@ def test_an_int8_base_is_fused(bases: dict[str, Path]) -> None:
             continue
         assert torch.equal(dense_weight(layer), dense_weight(models[0].sites.linears[path]))
         assert not torch.equal(dense_weight(layer), dense_weight(plain.sites.linears[path]))
-    for a, b in zip(steps(models[1], parts), steps(models[0], parts), strict=True):
+    for a, b in zip(*(steps(model, MIXES["some"]) for model in models), strict=True):
         assert (a - b).abs().max() < 0.02 * a.abs().max()
 
 
@@ -371,8 +382,7 @@ def test_a_layer_that_would_differ_is_computed_by_its_modules(
     mlp = layer.mlp
     forward = mlp.forward
     mlp.forward = MethodType(lambda _self, x: forward(x) * 1.01, mlp)
-    parts = MIXES["base"]
-    expected = steps(model, parts)
+    expected = steps(model, MIXES["base"])
     was = mlp.gate_proj.base_layer
     built = FastPath.build(model)
     assert isinstance(built, FastPath)
@@ -380,7 +390,7 @@ def test_a_layer_that_would_differ_is_computed_by_its_modules(
     assert "layer 1 is not fused" in caplog.text
     assert mlp.gate_proj.base_layer is was
     model.fast = built
-    near(steps(model, parts), expected)
+    near(steps(model, MIXES["base"]), expected)
 
 
 def test_compile_off_uses_nothing_of_it(bases: dict[str, Path]) -> None:

@@ -65,6 +65,8 @@ def test_layers_that_share_an_input_become_pieces_of_one(dtype: torch.dtype) -> 
     assert both.shape == (6, 80)
     for layer, piece, part in zip(layers, pieces, both.split([48, 16, 16], 1), strict=True):
         assert torch.equal(piece.dense(), layer.weight)
+        piece.dense().zero_()  # a copy: who reads the base cannot change it
+        assert torch.equal(piece.dense(), layer.weight)
         assert piece.packed.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()
         near(
             piece(x),

@@ -170,14 +170,14 @@ def test_the_librarys_arrangements_are_computed_exactly(base: Path, tmp_path: Pa
         model, tensors = hub_model(base, kind, settings)
         with torch.no_grad():
             expected[name] = model(input_ids=torch.tensor([IDS])).logits[0]
-        head = {"config": None, "model_class": f"{type(model).__name__}", "label2id": {"x": 0, "z": 2, "y": 1}}
+        head = {"config": None, "model_class": f"{type(model).__name__}", "label2id": {"z": 0, "x": 1, "y": 2}}
         unsafe = settings["ln_before"]  # one tensor under two names, which safetensors does not take
         folder = write(
             tmp_path / name, settings, tensors, kind=kind, safe=not unsafe and index % 2 == 0, head=head,
             head_tensors=static_head(model),
         )  # fmt: skip
         found = import_adapterhub(folder, tmp_path / "out" / name)
-        assert (found.task, found.labels) == ("sequence-classification", ("x", "y", "z"))
+        assert (found.task, found.labels) == ("sequence-classification", ("z", "x", "y"))
         assert found.config.through_norm == settings["original_ln_before"]
         fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32)
         alone = load(tmp_path / "out" / name, fresh).eval()
@@ -222,7 +222,9 @@ def test_flexible_heads(base: Path, tmp_path: Path) -> None:
 def test_without_its_head_an_adapter_embeds_by_the_command(bert: Path, tmp_path: Path) -> None:
     model, tensors = hub_model(bert, "bert", PFEIFFER)
     odd = {"config": {"head_type": "question_answering", "layers": 1}}
-    folder = write(tmp_path / "a", PFEIFFER, tensors, head=odd, head_tensors={"heads.mine.1.weight": torch.ones(2, HIDDEN)})
+    folder = write(
+        tmp_path / "a", PFEIFFER, tensors, head=odd, head_tensors={"heads.mine.1.weight": torch.ones(2, HIDDEN)}
+    )
     refused = CliRunner().invoke(app, ["import-adapterhub", str(folder), str(tmp_path / "out")])
     assert refused.exit_code == 2
     assert "question_answering" in refused.output
@@ -308,9 +310,7 @@ class _Evil:
         return (Path.touch, (Path("was-run"),))
 
 
-def test_files_that_are_not_what_they_should_be(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_are_not_what_they_should_be(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     _, tensors = hub_model(bert, "bert", PFEIFFER)
     some = dict(list(tensors.items())[:-1])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from engine_tools import Harness
 from safetensors.torch import load_file
+from tiny import make_base
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from adapterbay.base.bottleneck import load
@@ -26,28 +27,42 @@ SHORT = {"epochs": 8, "batch_size": 8, "learning_rate": 1e-2, "evaluate": "end"}
 MINIMAL = {"task": "sequence-classification", "output": "out", "data": {"source": "rows.csv"}}
 
 
-def test_a_trained_classifier_is_served_beside_the_lora(configure: Configure, bert_base: Path, tmp_path: Path) -> None:
-    method = {"name": "bottleneck", "preset": "houlsby", "reduction_factor": 4}
-    config = configure(bert_base, method=method, optimization=SHORT, data={"train_samples": None, "eval_samples": 20})
+@pytest.fixture(scope="module")
+def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with weights large enough that its frozen layers pass on what they read."""
+    return make_base(tmp_path_factory.mktemp("llama") / "base", "llama", layers=2)
+
+
+@pytest.mark.parametrize(("kind", "preset"), [("llama", "pfeiffer"), ("bert", "houlsby")])
+def test_a_trained_classifier_is_served_beside_a_lora(
+    kind: str, preset: str, configure: Configure, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    bert = kind == "bert"
+    base = make_base(tmp_path / "bert", "bert", layers=2) if bert else request.getfixturevalue("llama_base")
+    method = {"name": "bottleneck", "preset": preset, "reduction_factor": 4}
+    optimization = SHORT | ({"max_steps": 6} if bert else {})
+    config = configure(base, method=method, optimization=optimization, data={"train_samples": None, "eval_samples": 20})
     result = run(config)
-    assert result.metrics["accuracy"] > max(0.8, result.metrics["majority_accuracy"])
+    # A random BERT's frozen attention lets too little through to the first token for anything to be learned.
+    assert bert or result.metrics["accuracy"] > max(0.8, result.metrics["majority_accuracy"])
     weights = load_file(result.output / "adapter_model.safetensors")
     assert result.training_record["trainable_parameters"] == sum(tensor.numel() for tensor in weights.values())
     adapter = json.loads((result.output / "adapter_config.json").read_text())
-    assert (adapter["peft_type"], adapter["non_linearity"], adapter["reduction_factor"]) == ("BOTTLENECK", "swish", 4)
-    assert adapter["modules_to_save"] == ["bert.pooler.dense", "classifier", "score"]
-    assert "bottleneck adapter (houlsby" in (result.output / "README.md").read_text()
-    lora = run(configure(bert_base, output=str(tmp_path / "lora")))
+    assert (adapter["peft_type"], adapter["reduction_factor"]) == ("BOTTLENECK", 4)
+    assert adapter["non_linearity"] == ("swish" if bert else "relu")
+    assert adapter["modules_to_save"] == ["classifier", "score"]
+    assert f"bottleneck adapter ({preset}" in (result.output / "README.md").read_text()
+    lora = run(configure(base, output=str(tmp_path / "lora"), optimization={"max_steps": 2}))
 
-    model = AutoModelForSequenceClassification.from_pretrained(bert_base, num_labels=2, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, dtype=torch.float32)
     alone = load(result.output, model).eval()
     registry = Registry.open(tmp_path / "registry")
     registry.push(result.output, "bottleneck")
     registry.push(lora.output, "lora")
-    tokenizer = load_tokenizer(bert_base)
+    tokenizer = load_tokenizer(base)
     rows = [row for row in prepare(config).evaluation if isinstance(row, Labelled)]
     right = 0
-    with Harness(bert_base, registry) as harness:
+    with Harness(base, registry) as harness:
         harness.load("bottleneck", "lora")
         texts = [encode_text(tokenizer, row.text) for row in rows]
         answers = [harness.classify("bottleneck", ids) for ids in texts]
@@ -62,23 +77,23 @@ def test_a_trained_classifier_is_served_beside_the_lora(configure: Configure, be
     assert right / len(rows) == pytest.approx(result.metrics["accuracy"])
 
 
-def test_a_trained_language_model_is_served(configure: Configure, chat_base: Path, tmp_path: Path) -> None:
+def test_a_trained_language_model_is_served(configure: Configure, llama_base: Path, tmp_path: Path) -> None:
     config = configure(
-        chat_base,
+        llama_base,
         task="causal-lm",
         data={"prompt_template": "Write a {label} review.", "completion_template": "{text}"},
         method={"name": "bottleneck", "reduction_factor": 4},
-        optimization=SHORT,
+        optimization=SHORT | {"epochs": 4},
     )
     result = run(config)
-    assert result.metrics["perplexity"] < 0.8 * result.metrics["base_perplexity"]
+    assert result.metrics["perplexity"] < 0.5 * result.metrics["base_perplexity"]
     adapter = json.loads((result.output / "adapter_config.json").read_text())
-    assert (adapter["target_modules"], adapter["non_linearity"]) == (["mlp.down_proj"], "relu")
-    alone = load(result.output, AutoModelForCausalLM.from_pretrained(chat_base, dtype=torch.float32)).eval()
+    assert adapter["target_modules"] == ["mlp.down_proj"]
+    alone = load(result.output, AutoModelForCausalLM.from_pretrained(llama_base, dtype=torch.float32)).eval()
     registry = Registry.open(tmp_path / "registry")
     registry.push(result.output, "critic")
-    ids = encode_text(load_tokenizer(chat_base), "a warm film")
-    with Harness(chat_base, registry) as harness:
+    ids = encode_text(load_tokenizer(llama_base), "a warm film")
+    with Harness(llama_base, registry) as harness:
         harness.load("critic")
         mine, bare = harness.generate("critic", ids, 4), harness.generate(None, ids, 4)
         token_ids = mine.wait().token_ids
@@ -99,7 +114,9 @@ def test_named_modules(configure: Configure, gpt2_base: Path) -> None:
         "1.attn.c_proj",
     }
     assert sum("adapter_norm" in name for name in names) == 4
-    with pytest.raises(InvalidArgument, match=r"method\.behind: o_proj matches no linear module of this base; it has c_"):
+    with pytest.raises(
+        InvalidArgument, match=r"method\.behind: o_proj matches no linear module of this base; it has c_"
+    ):
         run(configure(gpt2_base, method={"name": "bottleneck", "behind": ["o_proj"]}, overwrite=True))
 
 

@@ -168,6 +168,7 @@ def holdings(serving: Serving) -> dict[str, Any]:
         "quantization": base.quantization,
         "device": base.device,
         "max_length": base.max_length,
+        "kernels": serving.engine.kernels,
     }
 
 
@@ -181,6 +182,7 @@ def describe(serving: Serving) -> list[str]:
         f"fingerprint  {base.fingerprint}",
         f"holds        {base.parameters:,} parameters in {base.bytes / 2**20:,.1f} MiB, "
         f"{base.dtype}, quantization {base.quantization}, on {base.device}",
+        f"kernels      {serving.engine.kernels}",
         f"serving      {serving.host}:{serving.port}{metrics}",
     ]
 

@@ -177,6 +177,13 @@ class Engine:
         request.cancelled = True
         self._loop.post(lambda: None)
 
+    @property
+    def kernels(self) -> str:
+        """Whether the CPU kernels are used, how long that took, and for how much of the base."""
+        fast = self._model.fast
+        fused = f", {fast.fused} of {len(fast.layers)} layers fused" if fast is not None else ", no layer fused"
+        return f"{self._model.kernels}{fused if self._model.kernels.loaded else ''}"
+
     def stats(self) -> EngineStats:
         """What runs, waits and lies in memory."""
         scheduler = self._loop.scheduler

@@ -101,6 +101,11 @@ class FastLayer:
         self._q_norm, self._k_norm = cast(Any, head_norms.get("q_norm")), cast(Any, head_norms.get("k_norm"))
         self._weights = [cast(Tensor, norm.weight) for norm in self._norms[:2]]
 
+    @property
+    def int8(self) -> bool:
+        """Whether any of its products has inputs of eight bits."""
+        return any(weight.dtype is torch.int8 for weight, _ in (self._qkv, self._o, self._gate_up, self._down))
+
     def keep(self) -> None:
         """The weights as they were are let go of."""
         self._was = []
@@ -161,7 +166,7 @@ class FastLayer:
         if context is not None:
             whole[: plan.decode_rows] = context.view(-1, self._heads, self._size)
         split = [self._heads, self._kv_heads, self._kv_heads]
-        q, k, v = qkv.view(tokens, -1, self._size).transpose(0, 1).split(split)
+        q, k, v = qkv.view(tokens, -1, self._size).transpose(0, 1).split(split)  # type: ignore[no-untyped-call]
         for segment in plan.segments:
             whole[segment.start : segment.stop] = attention._prefill(plan, self.index, segment, q, k, v, scoring)
         return whole.view(tokens, -1)

@@ -32,7 +32,9 @@ PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 WATCHED = "adapterbay-watched"
 CHECK_TOKENS = 5
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""How far a fused layer may be from its modules: the largest difference over the layer's largest change."""
+"""How far a fused layer may be from its modules: the norm of the difference over the norm of the layer's change."""
+INT8_TOLERANCE = 6e-2
+"""With int8 inputs: another rounding before a product can move an input by a step."""
 
 log = logging.getLogger(__name__)
 
@@ -167,11 +169,11 @@ def _fuse(model: ServingModel, module: nn.Module, index: int) -> FastLayer | Non
         layer.forward(got, step, layer.operands(None, None))
     finally:
         attention.current.plan = None
-    change = (expected - hidden.float()).abs().max()
-    distance = (got.float() - expected).abs().max()
-    if not distance <= TOLERANCE[model.dtype] * change:
+    distance = float((got.float() - expected).norm() / (expected - hidden.float()).norm())
+    limit = INT8_TOLERANCE if layer.int8 else TOLERANCE[model.dtype]
+    if not distance <= limit:
         layer.undo()
-        log.warning("layer %d is not fused: it would differ by %.3g of %.3g", index, distance, change)
+        log.warning("layer %d is not fused: it would differ by %.3g of what it changes", index, distance)
         return None
     layer.keep()
     return layer

@@ -30,7 +30,16 @@ from adapterbay.registry.paths import cache_folder
 Compile = Literal["auto", "on", "off"]
 
 SOURCES: Final = Path(__file__).parent / "src"
-FLAGS: Final = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-w")
+FLAGS: Final = (
+    "-O3",
+    "-march=native",
+    "-std=c++20",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-w",
+)
 COMPILERS: Final = ("c++", "g++", "clang++")
 COMPILE_SECONDS: Final = 600.0
 
@@ -88,7 +97,7 @@ def _try() -> Kernels:
     try:
         if compiled:
             compiled = _build_once(compiler, built)
-        torch.ops.load_library(str(built))
+        torch.ops.load_library(str(built))  # type: ignore[no-untyped-call]
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         return Kernels(loaded=False, reason=" ".join(str(error).split())[:500])
     from adapterbay.server.kernels import ops

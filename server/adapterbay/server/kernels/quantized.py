@@ -27,7 +27,7 @@ class Int8Linear(KernelLinear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = 4 * (stored.shape[1] - 2), PANEL * stored.shape[0]
         self.packed = stored
-        self.bias = bias
+        self.bias = bias  # type: ignore[assignment]
 
     @classmethod
     def of(cls, layer: nn.Module) -> Int8Linear:
@@ -86,7 +86,7 @@ class Int4Linear(PackedLinear):
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 2)
         self._scales = torch.stack([scales.t(), torch.zeros_like(scales.t())], -1).contiguous()  # [groups, out, 2]
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
-        self.bias = bias
+        self.bias = bias  # type: ignore[assignment]
 
     def dense(self) -> Tensor:
         """[out, in] in float32."""

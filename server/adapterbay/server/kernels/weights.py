@@ -45,11 +45,11 @@ class KernelLinear(PackedLinear):
         else:
             self.out_features, self.in_features = stored.shape
         self.packed = stored
-        self.bias = bias
+        self.bias = bias  # type: ignore[assignment]
 
     def dense(self) -> Tensor:
-        """The weight [out, in] as it was."""
-        return unpack(self.packed) if self.packed.dim() == 4 else self.packed
+        """The weight [out, in] as it was, a copy."""
+        return unpack(self.packed) if self.packed.dim() == 4 else self.packed.clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] to [..., out]."""

@@ -108,14 +108,14 @@ inline Tile tile_of(int rows, bool two) {
 }
 
 // Runs `tile(rows, two panels)(row, panel, ahead)` over all outputs. `soon`: what each thread will read next, or empty;
-// `steps`: of a tile's inner loop.
+// `steps`: of a tile's inner loop. `wide`: more than 16 rows are cut into tiles of 12 by two panels, else of 16 by one.
 template <class F>
-inline void over_tiles(int64_t rows, int64_t out, int64_t steps, const std::vector<std::vector<Range>>& soon, F tile) {
+inline void over_tiles(int64_t rows, int64_t out, int64_t steps, bool wide, const std::vector<std::vector<Range>>& soon, F tile) {
   const int64_t panels = out / kPanel;
-  // Up to 16 rows go past a panel together, so that it is read once. More are cut into tiles of two panels.
+  // Up to 16 rows go past a panel together, so that it is read once.
   const bool few = rows <= 16;
-  const int64_t height = few ? rows : kWide;
-  const int64_t width = !few || rows <= 8 ? 2 : 1;
+  const int64_t height = few ? rows : wide ? kWide : 16;
+  const int64_t width = (!few && wide) || rows <= 8 ? 2 : 1;
   const int64_t chunk = few ? rows : 8 * kWide;  // rows of one task
   const int64_t chunks = (rows + chunk - 1) / chunk, columns = (panels + width - 1) / width;
   at::parallel_for(0, chunks * columns, 1, [&](int64_t begin, int64_t end) {

@@ -106,7 +106,7 @@ Tensor product16(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
   Tensor y = at::empty({count, out}, x.options());
   const LowRank<bf16> deltas(sites_of<bf16>(x, y, ranks));
   const Product g{ptr<bf16>(x), x.stride(0), ptr<bf16>(weight), ptr<bf16>(bias), ptr<bf16>(y), out, in};
-  over_tiles(count, out, in / 2, deltas.reads(), [&](int rows, bool two, int64_t row, int64_t panel, Ahead& ahead) {
+  over_tiles(count, out, in / 2, true, deltas.reads(), [&](int rows, bool two, int64_t row, int64_t panel, Ahead& ahead) {
     tile_of(rows, two)(g, row, panel, ahead);
   });
   deltas.run();
@@ -126,7 +126,7 @@ Tensor product8(const Tensor& x, const Tensor& weight, const OptionalTensor& bia
     });
     const LowRank<T> deltas(sites_of<T>(x, y, ranks));
     const Product8<T> g{quantized.data(), scales.data(), ptr<int8_t>(weight), ptr<T>(bias), ptr<T>(y), out, in};
-    over_tiles(count, out, in / 4, deltas.reads(), [&](int tall, bool two, int64_t row, int64_t panel, Ahead& ahead) {
+    over_tiles(count, out, in / 4, false, deltas.reads(), [&](int tall, bool two, int64_t row, int64_t panel, Ahead& ahead) {
       tile8_of<T>(tall, two)(g, row, panel, ahead);
     });
     deltas.run();
