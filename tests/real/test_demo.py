@@ -23,7 +23,7 @@ NEEDS_TRAINING = {
 
 
 def test_every_step_of_the_demo_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, samples in (("SENTIMENT", 24), ("CRITIC", 16)):
+    for name, samples in (("SENTIMENT", 24), ("CRITIC", 48)):
         settings = copy.deepcopy(getattr(recipes, name))
         settings["data"] |= {"train_samples": samples, "eval_samples": 24}
         monkeypatch.setattr(recipes, name, settings)

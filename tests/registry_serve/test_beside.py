@@ -45,7 +45,7 @@ def cut(folder: Path) -> None:
 
 
 def unserved(folder: Path) -> None:
-    Draft(folder).edit_config(peft_type="LOHA")
+    Draft(folder).edit_config(peft_type="POLY")
 
 
 def other_base(folder: Path) -> None:
@@ -58,7 +58,7 @@ def other_base(folder: Path) -> None:
         (shorten, "adapter_model.safetensors was refused"),
         (empty, "second/: The adapter changes nothing"),
         (cut, "second/: "),
-        (unserved, "second/: .*LOHA"),
+        (unserved, "second/: .*POLY"),
         (other_base, "second/: .*nobody/knows"),
     ],
 )

@@ -255,11 +255,11 @@ def test_the_client_shows_the_reason(target: Hub, tmp_path: Path, llama: Tiny) -
         api.upload_file(repo_id="team/target", path_in_repo="model.bin", path_or_fileobj=b"x")
     with pytest.raises(HfHubHTTPError, match="code is never taken"):
         api.create_commit("team/target", [CommitOperationAdd("x.py", b"x")], commit_message="x")
-    draft = Draft(new_weights(llama.adapter, tmp_path / "dora", 1))
-    draft.edit_config(use_dora=True)
+    draft = Draft(new_weights(llama.adapter, tmp_path / "replicated", 1))
+    draft.edit_config(layer_replication=[[0, 2]])
     shown = target.hf(tmp_path / "hf", "upload", "team/target", draft.path)
     assert shown.returncode != 0
-    assert "use_dora" in shown.stderr
+    assert "layer_replication" in shown.stderr
 
 
 def test_what_trainers_leave_is_left_out(start_hub: Callable[..., Hub], llama: Tiny, tmp_path: Path) -> None:

@@ -182,8 +182,8 @@ class _Builder:
             raise UnsupportedMethod("DoRA on the embedding is not served: leave it out of target_modules.")
         if self._model.seq2seq is not None:
             raise UnsupportedMethod(
-                f"LoRA on {module.name} is not served: PEFT adapts a copy of the embedding that an encoder-decoder never "
-                "calls, so it would have no effect. Leave it out of target_modules."
+                f"LoRA on {module.name} is not served: PEFT adapts a copy of the embedding that an encoder-decoder "
+                "never calls, so it would have no effect. Leave it out of target_modules."
             )
         factors = embedding_factors(self._tensors[module.a_key], self._tensors[module.b_key], module.scaling)
         self._tables[self._table(module.name)] = TableForm(low_rank=factors)

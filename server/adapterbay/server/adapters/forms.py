@@ -144,7 +144,7 @@ class Bottleneck:
     """A bottleneck adapter behind a module (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021,
     arXiv:2005.00247): h + scaling · up(activation(down(norm(h)))). down [size, hidden], up [hidden, size].
 
-    At a normalization layer N it sits before it and looks through it: N(x + scaling · up(activation(down(norm(N(x)))))).
+    At a normalization layer N it sits before it and looks through it: N(x + scaling · up(activation(down(norm(N x))))).
     """
 
     down: Tensor
