@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from adapterbay.registry.admission.patterns import ModulePatterns, SearchPatterns, Targets, compile_pattern
 from adapterbay.registry.errors import Rejected, UnsupportedMethod
 from adapterbay.server.adapters.forms import LinearForm
 from adapterbay.server.convert.direct import ADAPTER
@@ -65,13 +67,39 @@ def read_layers(
         return forms
 
 
+def without_expressions(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """The same settings with every pattern replaced by the names that it means among `modules`.
+
+    A stranger's regular expression is matched in linear time here, and never by PEFT, which would hand it to Python's
+    backtracking matcher. Raises Rejected with reason BAD_PATTERN.
+    """
+    targets = Targets(config)
+    names = [name for name in modules if name in targets]
+    settings = dict(config)
+    if "target_modules" in settings:
+        settings["target_modules"] = names
+    settings |= {key: None for key in ("exclude_modules", "layers_to_transform", "layers_pattern") if key in settings}
+    inner = settings.get("feedforward_modules")
+    if inner is not None:
+        means = compile_pattern(inner).fullmatch if isinstance(inner, str) else lambda name: name.endswith(tuple(inner))
+        settings["feedforward_modules"] = [name for name in names if means(name)]
+    kind = SearchPatterns if config.get("peft_type") == "OSF" else ModulePatterns
+    for key, value in config.items():
+        if key.endswith("_pattern") and isinstance(value, Mapping) and config.get("peft_type") != "ADALORA":
+            patterns = kind(value)
+            found = {name: patterns.first(name) for name in names}
+            settings[key] = {name: value[pattern] for name, pattern in found.items() if pattern is not None}
+    return settings
+
+
 def _inject(root: nn.Module, config: Mapping[str, Any], method: str) -> Any:
     from peft import PeftModel
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[method]
     known = {field.name for field in dataclasses.fields(config_class)}
-    settings = {key: value for key, value in config.items() if key in known}
+    matrices = (path for path, module in root.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding))
+    settings = {key: value for key, value in without_expressions(config, matrices).items() if key in known}
     overrides = {
         "modules_to_save": None,
         "bias": "none",
