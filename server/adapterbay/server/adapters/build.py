@@ -25,6 +25,7 @@ from adapterbay.server.adapters.forms import (
     TableForm,
 )
 from adapterbay.server.convert.attention import attention_prompt
+from adapterbay.server.convert.effect import has_effect
 from adapterbay.server.convert.lora import dora_form, embedding_factors, lora_form
 from adapterbay.server.convert.read import read_layers
 from adapterbay.server.convert.tables import replaced_rows, tied_head, whole_table
@@ -70,7 +71,7 @@ class _Builder:
         self._tables: dict[str, TableForm] = {}
 
     def build(self) -> ServingForm:
-        """The form. Raises NoEffect if nothing came together."""
+        """The form. Raises NoEffect if nothing came together, or nothing but the base."""
         report = self._report
         virtual = self._virtual()
         if self._method == "LORA" and self._formula_of_lora():
@@ -99,9 +100,7 @@ class _Builder:
         if report.head is not None:
             parts = {name: self._tensors[key] for name, key in report.head.parts.items()}
             head = head_from(parts, self._model.base.files.config, self._manifest.task, self._manifest.labels)
-        if not (self._layers or self._norms or self._tables or bottlenecks or attention or virtual or head):
-            raise NoEffect("No tensor of the adapter has a place in this base: it would answer as the base does.")
-        return ServingForm(
+        form = ServingForm(
             digest=self._manifest.digest,
             manifest=self._manifest,
             layers=self._layers,
@@ -113,6 +112,12 @@ class _Builder:
             virtual=virtual,
             invocation=report.invocation or None,
         )
+        if not has_effect(form, self._sites):
+            raise NoEffect(
+                f"The {self._method} adapter changes nothing on this base: it would answer as the base does. Was it "
+                "saved before it was trained?"
+            )
+        return form
 
     # Places.
 

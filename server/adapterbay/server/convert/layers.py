@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from adapterbay.registry.errors import UnsupportedMethod
 from adapterbay.server.adapters.forms import LinearForm, LowRank
 from adapterbay.server.convert.direct import ADAPTER, DIRECT
+from adapterbay.server.convert.effect import ROUNDING
 from adapterbay.server.convert.tree import Conv1DView, weight_of
 from adapterbay.server.mix.linear import rotate
 
@@ -79,7 +80,8 @@ class LayerReader:
             delta = delta.t()
         if not isinstance(delta, Tensor) or delta.shape != weight.shape:
             return None
-        form = self._compact(delta.detach().float(), delta.abs().max())
+        delta = delta.detach().float()
+        form = self._compact(delta, delta.abs().max())
         self._adds_its_delta = self._agrees(layer, view, weight, form) is None
         return form if self._adds_its_delta else None
 
@@ -95,6 +97,8 @@ class LayerReader:
         return form
 
     def _compact(self, delta: Tensor, largest: Tensor) -> LinearForm:
+        if float(delta.abs().max()) <= ROUNDING * float(largest):
+            return LinearForm()
         low_rank = None if self._method in DENSE_METHODS else factor(delta, 4 * RANK_TOLERANCE * float(largest))
         return LinearForm(low_rank=low_rank) if low_rank is not None else LinearForm(dense=delta)
 

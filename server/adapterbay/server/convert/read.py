@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapterbay.registry.admission.patterns import ModulePatterns, SearchPatterns, Targets, compile_pattern
-from adapterbay.registry.errors import Rejected, UnsupportedMethod
+from adapterbay.registry.errors import AdapterbayError, Rejected, UnsupportedMethod
 from adapterbay.server.adapters.forms import LinearForm
 from adapterbay.server.convert.direct import ADAPTER
 from adapterbay.server.convert.layers import LayerReader, tuner_layers
@@ -63,8 +63,22 @@ def read_layers(
             if isinstance(base_layer, nn.Embedding):
                 continue  # `tables` reads those
             layer.eval().float()
-            forms[path] = reader.read(layer, base_layer, path)
+            form = _read(reader, layer, base_layer, path, method)
+            if next(form.tensors(), None) is not None:
+                forms[path] = form
         return forms
+
+
+def _read(reader: LayerReader, layer: Any, base_layer: nn.Module, path: str, method: str) -> LinearForm:
+    try:
+        return reader.read(layer, base_layer, path)
+    except AdapterbayError:
+        raise
+    except Exception as error:
+        raise UnsupportedMethod(
+            f"PEFT's {method} layer on {path} cannot be computed: {str(error)[:300]}",
+            metadata={"peft_type": method, "module": path},
+        ) from error
 
 
 def without_expressions(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:

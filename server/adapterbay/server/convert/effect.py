@@ -1,0 +1,59 @@
+"""Whether an adapter changes anything at all, where its tensors alone do not tell.
+
+A DoRA, an LN tuning or an OSF that was saved before it was trained is full of numbers that give the base's own output.
+It would answer as the base does, in silence, so that it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from adapterbay.server.adapters.forms import LinearForm, NormForm, ServingForm, TableForm
+from adapterbay.server.mix.sites import Sites
+
+ROUNDING: Final = 2e-6
+"""What float32 leaves of a scale that should be 1, or of a delta that should be 0, relative to what it came from."""
+
+
+def has_effect(form: ServingForm, sites: Sites) -> bool:
+    """Whether any part of the form differs from what the base computes without it. A head, virtual tokens and modules
+    behind layers always do: admission has seen that they are not zero."""
+    if form.head is not None or form.virtual is not None or form.bottlenecks or form.attention:
+        return True
+    return (
+        any(_linear(layer) for layer in form.layers.values())
+        or any(_norm(norm, sites.norms[path]._parameters) for path, norm in form.norms.items())
+        or any(_table(table, sites.tables[path].weight) for path, table in form.tables.items())
+    )
+
+
+def _linear(form: LinearForm) -> bool:
+    ranks = form.low_rank
+    if ranks is not None and bool(ranks.a.any()) and bool(ranks.b.any()) and ranks.scaling:
+        return True
+    scales = [scale for scale in (form.in_scale, form.out_scale) if scale is not None]
+    if any(bool((scale.float() - 1).abs().max() > ROUNDING) for scale in scales):
+        return True
+    if form.rotation is not None:
+        identity = torch.eye(form.rotation.shape[-1])
+        return bool((form.rotation.float() - identity).abs().max() > ROUNDING)
+    parts = (form.bias, form.dense, None if form.turn is None else form.turn.values)
+    return any(part is not None and bool(part.abs().max() > ROUNDING) for part in parts)
+
+
+def _norm(form: NormForm, base: Mapping[str, Tensor | None]) -> bool:
+    pairs = [(own, base.get(name)) for name, own in form.parameters.items()]
+    return any(there is None or not torch.equal(own.to(there), there) for own, there in pairs)
+
+
+def _table(form: TableForm, weight: Tensor) -> bool:
+    if form.low_rank is not None:
+        return bool(form.low_rank.a.any()) and bool(form.low_rank.b.any())
+    assert form.tokens is not None
+    assert form.rows is not None
+    there = weight.detach()[form.tokens.to(weight.device)]
+    return not torch.equal(form.rows.to(there), there)
