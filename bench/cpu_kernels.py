@@ -23,7 +23,6 @@ from adapterbay.server import packed
 from adapterbay.server.adapters.forms import LinearForm, LowRank, ServingForm
 from adapterbay.server.attention import AttentionPlan
 from adapterbay.server.config import ServerConfig
-from adapterbay.server.fast.path import FastPath
 from adapterbay.server.kernels import loader, ops, quantized, weights
 from adapterbay.server.kv import BlockPool
 from adapterbay.server.mix.plan import AdapterMix, Run
@@ -59,14 +58,15 @@ def products(counts: list[int], rounds: int) -> list[Row]:
     plain = [torch.randn(shape).mul_(0.02).bfloat16() for _ in range(LAYERS) for shape in SHAPES.values()]
     one = [packed.pack(weight) for weight in plain]
     own = [weights.pack(weight) for weight in plain]
-    small = [quantized.pack8(weight) for weight in plain]
+    eight, four = [quantized.pack8(weight) for weight in plain], [quantized.pack4(weight) for weight in plain]
     found = []
     for count in counts:
         x = {size: torch.randn(count, size).bfloat16() for size in (576, 1536)}
         cases = {
             "oneDNN bf16": lambda x=x: [packed.linear(x[w.shape[1]], o) for w, o in zip(plain, one, strict=True)],
             "kernel bf16": lambda x=x: [ops.linear(x[w.shape[1]], o) for w, o in zip(plain, own, strict=True)],
-            "kernel int8": lambda x=x: [ops.linear(x[w.shape[1]], o) for w, o in zip(plain, small, strict=True)],
+            "kernel int8": lambda x=x: [ops.linear(x[w.shape[1]], o) for w, o in zip(plain, eight, strict=True)],
+            "kernel int4": lambda x=x: [ops.linear(x[w.shape[1]], o) for w, o in zip(plain, four, strict=True)],
         }
         found.append(Row("linear layers", count, best(cases, rounds)))
     return found
@@ -90,16 +90,11 @@ def attention(counts: list[int], rounds: int) -> list[Row]:
     return found
 
 
-def loaded(base: str, mode: str, ranks: int, *, int8: bool = False) -> tuple[ServingModel, BlockPool]:
+def loaded(base: str, mode: str, ranks: int, quantize: str = "none") -> tuple[ServingModel, BlockPool]:
     """The base with 16 adapters of so many ranks on all its linear layers."""
     model = ServingModel.load(
-        ServerConfig(base=base, dtype="bfloat16", device="cpu", quantize="none", compile="off" if int8 else mode)
+        ServerConfig(base=base, dtype="bfloat16", device="cpu", quantize=quantize, compile=mode)  # type: ignore[arg-type]
     )
-    if int8:
-        quantized.requantize(list(model.sites.linears.values()), quantized.Int8Linear.of)
-        built = FastPath.build(model)
-        assert isinstance(built, FastPath), built
-        model.fast = built
     for index in range(16):
         layers = {
             path: LinearForm(LowRank(torch.randn(ranks, size) * 0.01, torch.randn(ranks, out) * 0.01, 2.0))
@@ -137,11 +132,12 @@ def step(model: ServingModel, pool: BlockPool, count: int, adapters: int, length
 
 
 def steps(base: str, counts: list[int], ranks: int, length: int, rounds: int) -> list[Row]:
-    """A whole step: by the base's modules, and fused in bfloat16 and int8; base alone, one adapter, all different."""
+    """A whole step: by the modules, and fused in bfloat16, int8 and int4; base alone, one adapter, all different."""
     models = {
         "modules": loaded(base, "off", ranks),
         "fused": loaded(base, "on", ranks),
-        "fused int8": loaded(base, "on", ranks, int8=True),
+        "fused int8": loaded(base, "on", ranks, "int8"),
+        "fused int4": loaded(base, "on", ranks, "int4"),
     }
     found = []
     for count in counts:

@@ -30,7 +30,7 @@ SUITES: dict[str, tuple[Callable[[Bench], None], str]] = {
     "punica": (popularity.run_punica, "distinct, uniform, skewed, identical; batch 32, rank 16"),
     "slora": (popularity.run_slora, "S-LoRA's trace over --registered adapters"),
     "registered": (popularity.run_registered, "--large adapters registered against 16, Zipf 1.5"),
-    "thrash": (popularity.run_thrash, "16 adapters over 8 slots"),
+    "thrash": (popularity.run_thrash, "48 requests over 16 adapters in turn, 8 device slots against 16"),
     "cold": (calls.run_cold, "first token of a cold adapter against a warm one"),
     "swap": (calls.run_swap, "what moving an alias costs"),
     "grpc": (calls.run_grpc, "gRPC's share of a call"),
@@ -106,8 +106,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the systems' processes end, too
     if options.replot is not None:
         earlier = json.loads(options.replot.read_text())
-        draw(options.plot or options.replot.with_suffix(".png"), earlier["results"], title(earlier))
-        return 0
+        return int(not drawn(options.plot or options.replot.with_suffix(".png"), earlier["results"], earlier))
     report, circumstances = Report(), environment()
     kept = nullcontext(options.work) if options.work else tempfile.TemporaryDirectory(prefix="adapterbay-bench-")
     with kept as work:
@@ -132,15 +131,26 @@ def main() -> int:
         finally:
             bench.rest()
     show(report)
-    if options.plot and report.rows:
-        draw(options.plot, report.as_json()["results"], title(circumstances))
+    if options.plot:
+        drawn(options.plot, report.as_json()["results"], circumstances)
     return 1 if report.failures else 0
+
+
+def drawn(path: Path, results: list[dict[str, Any]], circumstances: dict[str, Any]) -> bool:
+    """Draws the picture, or says why there is none."""
+    try:
+        draw(path, results, title(circumstances))
+    except ValueError as error:
+        say(f"no picture: {error}")
+        return False
+    return True
 
 
 def title(circumstances: dict[str, Any]) -> str:
     """What stands over the picture."""
     machine = circumstances["machine"]
-    found = str(circumstances["commit"] or "no commit")[:12]
+    commit, plus, changes = str(circumstances["commit"] or "no commit").partition("+")
+    found = f"{commit[:12]}{plus}{changes}"
     return f"SmolLM2-135M on {machine['cpu']}, {machine['cores']} cores; {found}, {circumstances['date'][:10]}"
 
 

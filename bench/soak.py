@@ -7,9 +7,13 @@ aliases that move, versions, weighted fusions and the base alone; rows are cance
 unloaded, pinned; some loads fail because their files were altered. Every whole answer is compared with that of plain
 PEFT with the same weights, computed beforehand.
 
-Fails (exit status 1) when an answer is wrong, an error is not the one that was due, something is left at the end, or
-the line through resident memory after the warm-up (the first third) rises by more than 1 % of it, or 8 MiB if that is
-more. Prints a line every ten seconds.
+Fails (exit status 1) when an answer is wrong, an error is not the one that was due, a tier of memory goes beyond its
+budget, or the line through resident memory after the warm-up (the first third) rises by more than 1 % of it, or 8 MiB
+if that is more. At the end everything is unloaded, and every byte must be back that adapters took: in host memory, on
+the device, in the layers' pools. Prints a line every ten seconds.
+
+`in_use` is what malloc has given out and not got back (glibc): where it is flat, what rises is the allocator's own.
+Python's table of interned strings (parts of paths) grows once, by 3.7 MiB, after some 10,000 answers.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # for the tiny base and its adapters
 
+from memory import in_use_mib, resident_mib, rise, taken_bytes  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from tiny import TARGETS, load_reference, make_adapter, make_base  # noqa: E402
 
@@ -283,16 +288,17 @@ class Churn:
         self.counts["pins and unpins"] += 1
 
 
-def resident_mib() -> float:
-    """Resident memory of this process (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
-
-
-def rise(samples: list[tuple[float, float]]) -> float:
-    """By how much the straight line through (minute, MiB) rises from the first to the last."""
-    slope, _ = statistics.linear_regression(*zip(*samples, strict=True))
-    return slope * (samples[-1][0] - samples[0][0])
+def unload_all(world: World, engine: Engine) -> dict[str, int]:
+    """Unpins and unloads everything; what adapters take then."""
+    for number in range(ADAPTERS):
+        for version in range(1, VERSIONS + 1):
+            digest = world.registry.resolve(f"n{number}@{version}").digest
+            engine.adapters.pin(digest, False)
+            engine.adapters.unload(digest).result(30)
+    until = time.monotonic() + 10  # the engine's thread vacates the device
+    while any(taken_bytes(engine).values()) and time.monotonic() < until:
+        time.sleep(0.01)
+    return taken_bytes(engine)
 
 
 def soak(world: World, minutes: float, seed: int) -> dict[str, Any]:
@@ -315,7 +321,8 @@ def soak(world: World, minutes: float, seed: int) -> dict[str, Any]:
     engine = Engine.create(config)
     engine.start()
     churn = Churn(world, engine, seed)
-    samples: list[tuple[float, float]] = []
+    at_first = taken_bytes(engine)
+    samples: list[tuple[float, float, float]] = []  # minutes, resident and in use in MiB
     began = sampled = printed = time.monotonic()
     most_host = most_device = 0
     while (now := time.monotonic()) < began + 60 * minutes and not churn.wrong:
@@ -324,7 +331,7 @@ def soak(world: World, minutes: float, seed: int) -> dict[str, Any]:
         most_host, most_device = max(most_host, stats.host_bytes), max(most_device, stats.device_bytes)
         if now - sampled >= SAMPLE_SECONDS:
             sampled = now
-            samples.append(((now - began) / 60, resident_mib()))
+            samples.append(((now - began) / 60, resident_mib(), in_use_mib()))
         if now - printed >= PRINT_SECONDS:
             printed = now
             tally = engine.adapters.memory.tally
@@ -335,25 +342,21 @@ def soak(world: World, minutes: float, seed: int) -> dict[str, Any]:
                 flush=True,
             )
     churn.settle()
-    for number in range(ADAPTERS):
-        for version in range(1, VERSIONS + 1):
-            digest = world.registry.resolve(f"n{number}@{version}").digest
-            engine.adapters.pin(digest, False)
-            engine.adapters.unload(digest).result(30)
+    churned, at_last = taken_bytes(engine), unload_all(world, engine)
     engine.stop(5.0)
     stats, wrong = engine.stats(), churn.wrong
-    if stats.host_bytes or stats.free_blocks != stats.blocks:
-        wrong.append(f"something is left: {stats}")
+    if at_last != at_first or stats.free_blocks != stats.blocks:
+        wrong.append(f"something is left: {at_last} after {at_first}, {stats}")
     if most_host > config.host_bytes or most_device > config.device_bytes:
-        wrong.append(f"budgets were exceeded: {most_host} of {config.host_bytes}, {most_device}")
+        wrong.append(f"a budget was exceeded: {most_host}, {most_device} of {config.host_bytes}, {config.device_bytes}")
     steady = [sample for sample in samples if sample[0] > minutes / 3]
-    grown = rise(steady) if len(steady) > 2 else 0.0
-    allowed = max(8.0, 0.01 * statistics.median(mib for _, mib in steady)) if steady else 0.0
+    grown, grown_in_use = (rise((sample[0], sample[at]) for sample in steady) for at in (1, 2))
+    allowed = max(8.0, 0.01 * statistics.median(mib for _, mib, _ in steady))
     if grown > allowed:
         wrong.append(f"resident memory rose by {grown:.1f} MiB after the warm-up; {allowed:.1f} are allowed")
     return {
+        "command": f"python bench/soak.py --minutes {minutes:g} --seed {seed}",
         "minutes": minutes,
-        "seed": seed,
         "steps": stats.steps,
         "host_loads": sum(engine.adapters.memory.tally.load_seconds.read()[0]),
         "host_evictions": engine.adapters.memory.tally.evictions.of(),
@@ -362,7 +365,17 @@ def soak(world: World, minutes: float, seed: int) -> dict[str, Any]:
         "resident_mib": {"first": samples[0][1], "after_warm_up": steady[0][1], "last": samples[-1][1]},
         "rise_mib": round(grown, 2),
         "allowed_mib": round(allowed, 2),
-        "samples": [(round(minute, 3), round(mib, 1)) for minute, mib in samples[:: max(len(samples) // 120, 1)]],
+        "rise_in_use_mib": round(grown_in_use, 2),
+        "bytes": {
+            "host_budget": config.host_bytes,
+            "host_most": most_host,
+            "device_budget": config.device_bytes,
+            "device_most": most_device,
+            "at_first": at_first,
+            "before_unloading": churned,
+            "at_last": at_last,
+        },
+        "samples": [[round(value, 3) for value in sample] for sample in samples[:: max(len(samples) // 120, 1)]],
         "wrong": wrong[:20],
     }
 

@@ -19,9 +19,8 @@ SOME = (
     "lora", "dora", "ia3", "ln_tuning", "oft", "loha", "prompt_tuning", "prefix_tuning", "trainable_tokens", "vera",
     "bias_all", "lora_embedding", "lora_lm_head", "lora_classifier", "lora_tagger",
 )  # fmt: skip
-REFUSED_HERE = {("gpt2", "adaption_prompt"), ("t5", "prompt_tuning"), ("t5", "prefix_tuning"), ("t5", "lora_embedding")}
-"""What PEFT can do and we refuse by name: on GPT-2 it adds LLaMA-Adapter's attention behind the output projection; on
-encoder-decoders virtual tokens are not served, and a LoRA on the embedding has no effect in PEFT."""
+REFUSED_HERE = {("t5", "lora_embedding")}
+"""What PEFT can make and we refuse by name: on T5 a LoRA on the embedding has no effect in PEFT."""
 
 OTHERS = ("qwen2", "qwen3", "mistral", "gemma", "gemma2", "opt", "gpt-neox", "roberta", "distilbert", "t5")
 

@@ -164,7 +164,7 @@ def _virtual(layout: Layout) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 REFUSED: Final = frozenset({"lily", "poly", "shadow"})
-NEEDS: Final = {"adamss": "sklearn"}
+NEEDS: Final = {"adamss": "sklearn", "waveft": "pywt"}
 
 
 def recipes(architecture: str, *, refused: bool = False) -> dict[str, Recipe]:

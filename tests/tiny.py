@@ -176,6 +176,21 @@ SHAPES: dict[str, Callable[[int, int], tuple[str, dict[str, Any]]]] = {
     "gemma3": _llama_like(
         "gemma3_text", head_dim=24, sliding_window=24, sliding_window_pattern=2, query_pre_attn_scalar=20
     ),
+    "granite": _llama_like("granite", embedding_multiplier=12.0, logits_scaling=8.0),
+    "ernie4_5": _llama_like("ernie4_5"),
+    "ministral3": _llama_like(
+        "ministral3",
+        head_dim=16,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 8,
+            "llama_4_scaling_beta": 0.5,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    ),
     "opt": _opt(None),
     "opt-projected": _opt(32),
     "gpt-neox": lambda hidden, layers: (

@@ -50,7 +50,13 @@ class LlamaCpp:
         if (found["pl"], found["tg"]) != (batch, tokens):
             raise RuntimeError(f"{PROGRAM.name} measured something else: {found}")
         seconds = found["t_pp"] + found["t_tg"]
-        return {"tokens": batch * tokens, "seconds": seconds, "first": [found["t_pp"]], "total": [seconds]}
+        return {
+            "tokens": batch * tokens,
+            "requests": batch,
+            "seconds": seconds,
+            "first": [found["t_pp"]],
+            "total": [seconds],
+        }
 
     def reset_peak(self) -> None:
         """Nothing to do: every round is a process of its own."""

@@ -53,7 +53,13 @@ class VllmCpu:
         """All requests at once. The first token is timed by a run of its own, since `generate` tells whole answers."""
         firsts = [self._generate(requests, 1)] if first else []
         seconds = self._generate(requests, None)
-        return {"tokens": sum(r["tokens"] for r in requests), "seconds": seconds, "first": firsts, "total": [seconds]}
+        return {
+            "tokens": sum(r["tokens"] for r in requests),
+            "requests": len(requests),
+            "seconds": seconds,
+            "first": firsts,
+            "total": [seconds],
+        }
 
     def reset_peak(self) -> None:
         """Begins to watch memory anew (of this process; the engine's own keeps its peak)."""

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from suite.field import OURS, material
 from suite.measure import Bench, Ratio, say
@@ -186,6 +185,3 @@ def started(bench: Bench, registry: Path, home: Path) -> tuple[float, float]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
-
-
-FACTS: dict[str, Any] = {"cold": run_cold, "swap": run_swap, "grpc": run_grpc, "start": run_start}

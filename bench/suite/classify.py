@@ -56,7 +56,13 @@ def run(bench: Bench) -> None:
 
         def play(_: int) -> dict[str, Any]:
             seconds = worker.call("classify", rows=batch)["seconds"]
-            return {"tokens": BATCH * LENGTH, "seconds": seconds, "first": [], "total": [seconds]}
+            return {
+                "tokens": BATCH * LENGTH,
+                "requests": BATCH,
+                "seconds": seconds,
+                "first": [],
+                "total": [seconds],
+            }
 
         cells.append(Cell(system, workload, BATCH, len(chosen or ()), worker, play, warmups=2))
 

@@ -115,7 +115,8 @@ def say(text: str) -> None:
 
 
 Play = Callable[[int], dict[str, Any]]
-"""One round of a workload, given its number (0 is the warm-up): tokens, seconds, first and total latencies."""
+"""One round of a workload, given its number (0 is the warm-up): tokens, requests, seconds, first and total latencies. A
+system that tells whole batches has one latency for all of its requests."""
 
 
 @dataclass
@@ -170,7 +171,7 @@ def interleaved(suite: str, cells: Sequence[Cell], rounds: int, report: Report) 
 def row_of(suite: str, cell: Cell, played: Sequence[dict[str, Any]], peak: float) -> Row:
     """Medians over rounds; percentiles over all requests of all rounds."""
     rates = [each["tokens"] / each["seconds"] for each in played]
-    requests = [len(each["total"]) / each["seconds"] for each in played]
+    requests = [each["requests"] / each["seconds"] for each in played]
     return Row(
         suite,
         cell.system,

@@ -112,6 +112,7 @@ class Ours:
         self._wait(done, heard)
         return {
             "tokens": sum(h.tokens for h in heard),
+            "requests": len(heard),
             "seconds": time.perf_counter() - began,
             "first": [h.first for h in heard],
             "total": [h.total for h in heard],

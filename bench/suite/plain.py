@@ -65,7 +65,13 @@ class Plain:
         firsts = [self._generate(inputs, names, 1)] if first else []
         tokens = lengths.pop()
         seconds = self._generate(inputs, names, tokens)
-        return {"tokens": tokens * len(requests), "seconds": seconds, "first": firsts, "total": [seconds]}
+        return {
+            "tokens": tokens * len(requests),
+            "requests": len(requests),
+            "seconds": seconds,
+            "first": firsts,
+            "total": [seconds],
+        }
 
     def classify(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """One forward over rows of one length: seconds, and the index of each row's label where there is a head."""

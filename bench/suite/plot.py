@@ -25,7 +25,8 @@ def draw(path: Path, results: Sequence[Mapping[str, Any]], title: str) -> None:
     ours = [row for row in results if str(row["system"]).startswith("adapterbay")]
     lines = {suite: _line(ours, suite) for suite in LINES}
     lines = {suite: points for suite, points in lines.items() if points}
-    bars = [row for row in ours if row["suite"] in BARS and row["first_ms"]]
+    timed = [row for row in ours if row["first_ms"]]
+    bars = [row for row in timed if row["suite"] in BARS] or timed
     if not lines and not bars:
         raise ValueError("nothing to draw: run one of the suites field, adapters, punica, slora, registered or thrash")
     height = max(4.5, 1.5 + 0.3 * len(bars))

@@ -12,8 +12,9 @@ from suite.workloads import ATTENTION, LLAMA_LINEARS, distinct, field, punica, p
 
 PUNICA_BATCH, PUNICA_RANK = 32, 16
 TRACE_RANK = 8
-SLOTS, THRASHED = 8, 16
-THRASH_ROUNDS = 3
+ROWS = 32
+"""Rows that run at once in the suites thrash and registered."""
+SLOTS, THRASHED, THRASH_EACH = 8, 16, 3
 SLO_SECONDS = 6.0
 """S-LoRA's objective for the first token (arXiv:2311.03285, section 7.1)."""
 ZIPF, FEW, ZIPF_REQUESTS, ZIPF_TOKENS = 1.5, 16, 96, 32
@@ -117,26 +118,32 @@ def run_slora(bench: Bench) -> None:
 
 
 def run_thrash(bench: Bench) -> None:
-    """SGLang's case: 16 adapters take turns on 8 slots, against the same requests with room for all.
+    """SGLang's case: 16 adapters over 8 slots on the device, against the same requests with 16 slots.
 
-    The adapters are asked for one after the other, so that the least recently used is always the next one needed.
+    48 requests come at once, three for each adapter, in turn: a0, a1, … a15, a0, … At most 32 run at a time, and with 8
+    slots those of 8 adapters at most, so that adapters give way to others and come back for their next request.
     """
     from suite.field import material
 
     names = list(material(bench))
     registry = bench.folder("field") / "registry"
-    requests = field(distinct(THRASHED * THRASH_ROUNDS, names), bench.settings.tokens)
+    requests = field(distinct(THRASHED * THRASH_EACH, names), bench.settings.tokens)
     with bench.workers() as launch:
         size = adapter_bytes(bench, launch("probe", "suite.ours"), registry, names[0])
         cells = []
         for slots in (SLOTS, THRASHED):
             worker = launch(f"{slots} slots", "suite.ours")
-            bench.engine(worker, registry, device_bytes=round(size * (slots + 0.5)))
+            bench.engine(worker, registry, max_rows=ROWS, device_bytes=round(size * (slots + 0.5)))
             play = playing(worker, requests)
-            cells.append(Cell(OURS, f"16 adapters, {slots} slots", THRASHED, THRASHED, worker, play))
+            cells.append(Cell(OURS, thrash_title(slots), ROWS, THRASHED, worker, play))
         rows = bench_rows(bench, "thrash", cells)
-    speed = [rows.get((OURS, f"16 adapters, {slots} slots", THRASHED)) for slots in (SLOTS, THRASHED)]
+    speed = [rows.get((OURS, thrash_title(slots), ROWS)) for slots in (SLOTS, THRASHED)]
     bench.report.ratio("16 adapters over 8 slots, against 16 slots", *(row and row.tokens_per_second for row in speed))
+
+
+def thrash_title(slots: int) -> str:
+    """The workload's name."""
+    return f"48 requests, 16 adapters, {slots} slots"
 
 
 def adapter_bytes(bench: Bench, worker: Worker, registry: Path, name: str) -> int:
@@ -161,16 +168,16 @@ def run_registered(bench: Bench) -> None:
         cells = []
         for count in counts:
             worker = launch(f"{count} registered", "suite.ours")
-            bench.engine(worker, bench.folder(f"registered-{count}") / "registry")
+            bench.engine(worker, bench.folder(f"registered-{count}") / "registry", max_rows=ROWS)
 
             def play(number: int, worker: Worker = worker, names: list[str] = named[count]) -> dict[str, Any]:
                 drawn = zipf_requests(names, ZIPF_REQUESTS, ZIPF, ZIPF_TOKENS, number)
                 found: dict[str, Any] = worker.call("play", requests=drawn)
                 return found
 
-            cells.append(Cell(OURS, f"zipf 1.5 over {count}", 32, count, worker, play))
+            cells.append(Cell(OURS, f"zipf 1.5 over {count}", ROWS, count, worker, play))
         rows = bench_rows(bench, "registered", cells)
-    few, many = (rows.get((OURS, f"zipf 1.5 over {count}", 32)) for count in counts)
+    few, many = (rows.get((OURS, f"zipf 1.5 over {count}", ROWS)) for count in counts)
     if few and many:
         label = f"{bench.settings.large} adapters registered over {FEW}, Zipf 1.5"
         bench.report.ratio(label, many.tokens_per_second, few.tokens_per_second, floor=0.9)

@@ -13,9 +13,17 @@ from serving_tools import Failure, Served
 from tiny import make_base, peft_model
 from zoo import Zoo
 
-from adapterbay.cli import main
-from adapterbay.client import AsyncClient, Client, FailedPreconditionError, InvalidArgumentError, TokenClassification
+from adapterbay.cli import compare, main
+from adapterbay.client import (
+    AsyncClient,
+    Client,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    Selection,
+    TokenClassification,
+)
 from adapterbay.registry import Registry
+from adapterbay.registry.errors import InvalidArgument
 from adapterbay.v1 import inference_pb2 as pb
 from adapterbay.v1 import inference_pb2_grpc
 
@@ -102,6 +110,13 @@ def test_the_wrong_task_is_told(asker: Client) -> None:
         asker.classify(["a"], adapter="names")
     with pytest.raises(FailedPreconditionError, match="base alone has no classification head"):
         asker.classify_tokens(["a"], base=True)
+
+
+def test_a_comparison_that_finds_its_task_itself_takes_no_labels_of_tokens(asker: Client) -> None:
+    arms = [Selection(adapter="names"), Selection(adapter="names-b")]
+    with pytest.raises(InvalidArgument, match="names labels tokens, which comparisons do not take"):
+        compare._task(asker, compare.TaskChoice.AUTO, arms)
+    assert compare._task(asker, compare.TaskChoice.GENERATE, arms) is compare.TaskChoice.GENERATE
 
 
 def test_bad_requests_name_the_field(tagged: Served) -> None:

@@ -175,7 +175,8 @@ def test_typed_errors(client: Client) -> None:
     with pytest.raises(FailedPreconditionError) as foreign:
         client.generate("a", adapter="foreign")
     assert foreign.value.reason == "BASE_MISMATCH"
-    assert set(foreign.value.metadata) == {"base_fingerprint", "adapter_base_fingerprint"}
+    assert set(foreign.value.metadata) == {"base_fingerprint", "adapter_base_fingerprint", "adapter_digest"}
+    assert str(foreign.value).startswith("foreign@1: The adapter was trained on base folder:")
     with pytest.raises(FailedPreconditionError):
         list(client.compare_classify(["tales", "sentiment"], ["a"]))
     with pytest.raises(InvalidArgumentError):

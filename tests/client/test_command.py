@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from serving_tools import Served
 
 from adapterbay.cli import main
+from adapterbay.cli.console import asking
 from adapterbay.cli.lazy import missing_extra
 from adapterbay.cli.options import choose, parse_arm, parse_weighted
-from adapterbay.client import Client, Fusion, Selection, WeightedAdapter
+from adapterbay.client import Client, Fusion, Selection, UnavailableError, WeightedAdapter
+from adapterbay.client.errors import from_status
 from adapterbay.registry.errors import InvalidArgument
 
 DIGEST = "sha256:" + "1" * 64
@@ -155,8 +158,8 @@ def test_a_comparison_is_scored_and_recorded(run: Run, served: Served, tmp_path:
 
 FAILURES = {
     "misspelt": (("predict", "sentimnet", "a"), 1, "Did you mean"),
-    "no head": (("predict", "tales", "a"), 1, "head"),
-    "foreign": (("generate", "a", "--adapter", "foreign"), 1, "base"),
+    "no head": (("predict", "tales", "a"), 1, "tales@1: This adapter has no classification head"),
+    "foreign": (("generate", "a", "--adapter", "foreign:1+tales:1"), 1, "foreign@1: The adapter was trained on base"),
     "empty": (("predict", "sentiment", ""), 2, "empty"),
     "greedy top_p": (("generate", "a", "--base", "--top-p", "0.5"), 2, "top_p"),
     "no selection": (("generate", "a"), 2, "exactly one"),
@@ -172,7 +175,15 @@ FAILURES = {
     "no file": (("compare", "a", "b", "--inputs", "/no/such/file"), 2, "/no/such/file"),
     "one arm": (("compare", "tales", "--input", "a"), 2, "arms"),
     "no server": (("predict", "a", "b", "--server", "127.0.0.1:1"), 1, "127.0.0.1:1"),
-    "deadline": (("generate", "a", "--base", "--max-tokens", "500", "--timeout", "0.01"), 1, "eadline"),
+    "which text": (("predict", "sentiment", "a", ""), 2, "(texts[1])"),
+    "tokens of texts": (("predict", "--tokens", "sentiment", "a"), 1, "sentiment@1: This head labels texts"),
+    "huge": (("generate", "a", "--base", "--max-tokens", "99999999999999"), 2, "max_tokens is 99999999999999"),
+    "negative seed": (("generate", "a", "--base", "--seed", "-1"), 2, "seed is -1"),
+    "not UTF-8": (("generate", "a\udcff", "--base"), 2, "prompt holds characters"),
+    "half a digest": (("generate", "a", "--adapter", "tales@sha256:12ab"), 2, "64 hex digits"),
+    "a URL": (("generate", "a", "--base", "--server", "http://127.0.0.1:1"), 2, "HOST:PORT alone"),
+    "no address": (("generate", "a", "--base", "--server", ""), 2, "address is empty"),
+    "deadline": (("generate", "a", "--base", "--max-tokens", "500", "--timeout", "0.01"), 1, "See --timeout."),
 }
 
 
@@ -185,6 +196,35 @@ def test_failures_are_one_line(run: Run, arguments: tuple[str, ...], code: int, 
     assert lines[0].startswith("error: ")
     assert words in lines[0]
     assert ended.out == ""
+
+
+def test_a_connection_that_is_lost_is_not_called_a_server_that_never_was() -> None:
+    for told, words in (
+        ("Stream removed (recvmsg:Connection reset by peer (104))", "went away before its answer was whole"),
+        ("failed to connect to all addresses; last error: Connection refused", "No server answers at host:1"),
+    ):
+        with pytest.raises(UnavailableError, match=words), asking("host:1"):
+            raise from_status(grpc.StatusCode.UNAVAILABLE, told, None)
+
+
+STARTS = {
+    "a device": (("--device", "gpu"), "'gpu' is no device; it must be one of auto, cpu, cuda."),
+    "a GPU too many": (("--device", "cuda:99"), "The device 'cuda:99' is not there"),
+    "a Hub": (("--registry", "hub:some-org"), "hub:some-org is on a Hub"),
+    "a slip of the pen": (("--registry", "no-such-registry"), "There is no registry no-such-registry"),
+    "no folder for the port": (("--port-file", "/no/such/folder/port"), "/no/such/folder/port cannot be written"),
+    "an option by its own name": (("--max-batch", "0"), "--max-batch 0: Input should be greater"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), STARTS.values(), ids=STARTS)
+def test_a_server_that_cannot_start_says_why(run: Run, served: Served, arguments: tuple[str, ...], words: str) -> None:
+    usual = ("--base", str(served.zoo.base), "--port", "0", "--registry", str(served.zoo.registry.root))
+    ended = run("server", "start", *usual, *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    (line,) = ended.err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
 
 
 @pytest.mark.parametrize(

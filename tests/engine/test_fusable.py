@@ -11,7 +11,15 @@ import torch
 from adapterbay.registry.errors import InvalidArgument, NoEffect, UnsupportedMethod
 from adapterbay.registry.fusing import METHODS, FusionSettings
 from adapterbay.registry.manifest import Manifest
-from adapterbay.server.adapters.forms import Bottleneck, LinearForm, LowRank, NormForm, Prompt, ServingForm
+from adapterbay.server.adapters.forms import (
+    AttentionPrompt,
+    Bottleneck,
+    LinearForm,
+    LowRank,
+    NormForm,
+    Prompt,
+    ServingForm,
+)
 from adapterbay.server.adapters.fusing import check_fusable, fuse_forms
 from adapterbay.server.requests import ArmSpec, Part
 from adapterbay.server.weights import LayerWeights, check_pattern, matches
@@ -171,3 +179,23 @@ def test_an_adapter_without_weight_at_a_layer_has_no_vote_there(lora: ServingFor
         assert only is not None
         expected = arm.parts[0].weight * only.scaling * only.b.t() @ only.a
         assert torch.allclose(fused.b.t() @ fused.a, expected, atol=1e-5) is alone
+
+
+def test_weights_by_layer_reach_attention_prompts() -> None:
+    """LLaMA-Adapter changes attention layers and no linear one: patterns mean those."""
+    prompt = AttentionPrompt(1.0, torch.ones(2, 2, 16), torch.ones(2, 2, 16))
+    prompted = form("ADAPTION_PROMPT", attention={2: prompt, 3: prompt})
+    part = arm_of(prompted).parts[0]
+
+    def check(*layers: tuple[str, float], overall: float = 1.0) -> None:
+        weighted = dataclasses.replace(part, layer_weights=LayerWeights(overall, layers))
+        check_fusable(ArmSpec((weighted,)), [prompted])
+
+    check(("layers.3", 0.5))
+    check(("self_attn", 0.5))
+    with pytest.raises(InvalidArgument, match=r"layers\.1"):
+        check(("layers.1", 0.5))
+    with pytest.raises(NoEffect):
+        check(("layers.2-3", 0.0))
+    with pytest.raises(NoEffect):
+        check_fusable(arm_of(prompted, prompted, weight=0.0), [prompted, prompted])

@@ -138,6 +138,12 @@ class PeftFusions:
                 values.copy_(before)
         return logits
 
+    def base_logits(self, answer: Answer) -> Tensor:
+        """Without any adapter."""
+        self.model.eval()
+        with self.model.disable_adapter():
+            return reference_logits(self.model, PROMPT, answer.generated().token_ids)
+
 
 @pytest.fixture(scope="module")
 def peft(zoo: Zoo) -> PeftFusions:
@@ -192,9 +198,8 @@ def test_every_method_equals_peft_beside_plain_rows_and_other_weights(harness: H
         torch.testing.assert_close(logits, expected, rtol=0, atol=ATOL, msg=lambda m, s=settings: f"{s}: {m}")
         seen.append(logits[0])
     for selection, answer in zip(plain, beside, strict=True):
-        weights = harness_weights(selection)
-        if weights:
-            torch.testing.assert_close(got(harness, answer), peft.sum_logits(weights, answer), rtol=0, atol=ATOL)
+        expected = peft.sum_logits(harness_weights(selection), answer) if selection else peft.base_logits(answer)
+        torch.testing.assert_close(got(harness, answer), expected, rtol=0, atol=ATOL)
     apart = [(one - other).abs().max() for index, one in enumerate(seen) for other in seen[:index]]
     assert min(apart) > 1e-3, "two fusions that should differ do not"
     assert max(harness.step_sizes) == len(cases) + len(plain), "the rows were not batched"

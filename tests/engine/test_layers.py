@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adapterbay.server import packed
 from adapterbay.server.adapters.forms import LinearForm, LowRank
+from adapterbay.server.kernels import loader
 from adapterbay.server.mix.context import step_context
 from adapterbay.server.mix.linear import LinearSite, MixedLinear
 from adapterbay.server.mix.plan import FEW_TOKENS, AdapterMix, Run
-from adapterbay.server.mix.pools import RankPool
+from adapterbay.server.mix.pools import PACKED_SLICES, RankPool
 from adapterbay.server.packed import PackedLinear, can_pack
 
 IN, OUT = 24, 40
@@ -61,7 +63,9 @@ POPULARITY = {
 
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize("lengths", [[1] * 8, [1, 1, 1, FEW_TOKENS + 9, 5, 1, FEW_TOKENS, 2]])
-def test_every_token_gets_its_own_deltas_and_no_other(popularity: str, lengths: list[int]) -> None:
+@pytest.mark.parametrize("kernels", [False, True])
+def test_every_token_gets_its_own_deltas_and_no_other(popularity: str, lengths: list[int], kernels: bool) -> None:
+    assert not kernels or loader.load("auto").loaded
     adapters = random_adapters(8)
     runs, at = [], 0
     for parts, length in zip(POPULARITY[popularity], lengths, strict=False):
@@ -72,7 +76,7 @@ def test_every_token_gets_its_own_deltas_and_no_other(popularity: str, lengths: 
     base = nn.Linear(IN, OUT)
     layer = MixedLinear(base, IN, OUT)
     layer.site = site_of(adapters)
-    step_context.mix = AdapterMix(at, runs, torch.float32, torch.device("cpu"))
+    step_context.mix = AdapterMix(at, runs, torch.float32, torch.device("cpu"), kernels=kernels)
     try:
         with torch.inference_mode():
             got = layer(x)[0]
@@ -123,14 +127,15 @@ def test_freed_rows_are_reused_and_leave_no_trace() -> None:
     assert pool.bytes == 0
 
 
-def test_a_row_that_overflows_does_not_reach_its_neighbours() -> None:
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_row_that_overflows_does_not_reach_its_neighbours(kernels: bool) -> None:
     adapters = random_adapters(2)
     pool = pool_of(adapters)
     x = torch.randn(2, IN)
     x[0] = float("inf")
     runs = [Run(0, 1, (("a0", 1.0),)), Run(1, 2, (("a1", 1.0),))]
     y = torch.zeros(2, OUT)
-    AdapterMix(2, runs, torch.float32, torch.device("cpu")).add_to(y, x, pool)
+    AdapterMix(2, runs, torch.float32, torch.device("cpu"), kernels=kernels).add_to(y, x, pool)
     assert not y[0].isfinite().all()
     torch.testing.assert_close(y[1:].double(), naive(x, runs[1:], adapters, OUT)[1:], rtol=1e-5, atol=2e-3)
 
@@ -195,3 +200,37 @@ def test_packed_pools_follow_every_change(lengths: list[int]) -> None:
         pool.place(key, LinearForm(LowRank(0.1 * a, 0.1 * b, scaling)))
         present[key] = (0.1 * a, 0.1 * b, scaling)
         check()
+
+
+@pytest.mark.skipif(not can_pack(torch.bfloat16, torch.device("cpu")), reason="this CPU has no native bfloat16")
+def test_a_step_packs_each_of_its_slices_once_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long run between short ones: two masked products over different rows, and the same two at the next step."""
+    packs = []
+    real = packed.pack
+    monkeypatch.setattr(packed, "pack", lambda weight: packs.append(weight.shape) or real(weight))
+    pool = RankPool(IN, OUT, torch.bfloat16, torch.device("cpu"))
+    for key, (a, b, scaling) in random_adapters(8).items():
+        pool.place(key, a, b, scaling)
+    long = FEW_TOKENS + 4
+    short = [Run(0, 1, (("a0", 1.0),)), Run(1, 2, (("a1", 1.0),))]
+    later = [Run(2 + long, 3 + long, (("a4", 1.0),)), Run(3 + long, 4 + long, (("a5", 1.0),))]
+    runs = [*short, Run(2, 2 + long, (("a3", 1.0),)), *later]
+    x = torch.randn(4 + long, IN, dtype=torch.bfloat16)
+
+    def step() -> None:
+        with torch.inference_mode():
+            AdapterMix(4 + long, runs, torch.bfloat16, torch.device("cpu")).add_to(
+                torch.zeros(4 + long, OUT, dtype=torch.bfloat16), x, pool
+            )
+
+    step()
+    assert len(packs) == 4, "A and B of two slices"
+    step()
+    step()
+    assert len(packs) == 4, "the same rows were packed again"
+    pool.remove("a7")
+    step()
+    assert len(packs) == 8, "the pool has changed"
+    for start in range(20):
+        pool.packed(slice(start, start + 8))
+    assert len(pool._packed) == PACKED_SLICES, "what is kept is bounded"

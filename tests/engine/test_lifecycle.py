@@ -11,7 +11,6 @@ import pytest
 from engine_tools import Answer, Harness, held
 from zoo import Zoo
 
-from adapterbay.registry import Snapshot
 from adapterbay.registry.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -21,6 +20,7 @@ from adapterbay.registry.errors import (
     TaskMismatch,
     Unavailable,
 )
+from adapterbay.server.adapters.forms import ServingForm
 from adapterbay.server.batch import Share
 from adapterbay.server.requests import (
     ClassifyTask,
@@ -84,9 +84,9 @@ def test_a_deadline_frees_the_row(zoo: Zoo) -> None:
 def test_a_deadline_in_the_queue_is_kept_while_nothing_runs(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row waits for an adapter that takes long to load."""
     with Harness(zoo.base, zoo.registry) as harness:
-        registry, gate = harness.engine.adapters.registry, threading.Event()
-        open_snapshot = registry.open_snapshot
-        monkeypatch.setattr(registry, "open_snapshot", lambda digest: (gate.wait(10), open_snapshot(digest))[1])
+        memory, gate = harness.engine.adapters.memory, threading.Event()
+        load = memory._load
+        monkeypatch.setattr(memory, "_load", lambda digest: (gate.wait(10), load(digest))[1])
         answer = harness.submit(
             "a0", GenerateTask(tuple(PROMPT), SamplingSpec(max_tokens=2)), deadline=time.monotonic() + 0.1
         )
@@ -99,14 +99,14 @@ def test_a_deadline_in_the_queue_is_kept_while_nothing_runs(zoo: Zoo, monkeypatc
 def test_loading_one_adapter_stalls_nobody(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     with Harness(zoo.base, zoo.registry, load_threads=1) as harness:
         harness.generate("a1", PROMPT, 1).wait()
-        registry, gate = harness.engine.adapters.registry, threading.Event()
-        open_snapshot = registry.open_snapshot
+        memory, gate = harness.engine.adapters.memory, threading.Event()
+        load = memory._load
 
-        def slow(digest: str) -> Snapshot:
+        def slow(digest: str) -> ServingForm:
             assert gate.wait(20)
-            return open_snapshot(digest)
+            return load(digest)
 
-        monkeypatch.setattr(registry, "open_snapshot", slow)
+        monkeypatch.setattr(memory, "_load", slow)
         cold = harness.generate("a2", PROMPT, 3)
         warm = harness.generate("a1", PROMPT, 50)
         bare = harness.generate(None, PROMPT, 50)

@@ -52,17 +52,21 @@ def check(answer: Answer, harness: Harness, model: object, prompt: Sequence[int]
 
 
 @pytest.mark.parametrize(
-    ("architecture", "popularity"),
-    [*itertools.product(CAUSAL, POPULARITY), *((architecture, "distinct") for architecture in OTHER_CAUSAL)],
+    ("architecture", "popularity", "mode"),
+    [
+        *((architecture, popularity, "auto") for architecture, popularity in itertools.product(CAUSAL, POPULARITY)),
+        *((architecture, "distinct", "off") for architecture in CAUSAL),
+        *((architecture, "distinct", "auto") for architecture in OTHER_CAUSAL),
+    ],
 )
-def test_mixed_rows_equal_peft_alone(architecture: str, popularity: str, zoos: dict[str, Zoo]) -> None:
+def test_mixed_rows_equal_peft_alone(architecture: str, popularity: str, mode: str, zoos: dict[str, Zoo]) -> None:
     """Requests join and leave at every step: prompts of 1 to 90 tokens in chunks of 48, different lengths of answer,
     arriving a few at a time, more of them than rows."""
     zoo = zoos[architecture]
     selections = POPULARITY[popularity]
     texts = prompts(len(selections))
     most = [4 + 3 * (i % 5) for i in range(len(selections))]
-    with Harness(zoo.base, zoo.registry, max_rows=8, step_tokens=48) as harness:
+    with Harness(zoo.base, zoo.registry, max_rows=8, step_tokens=48, compile=mode) as harness:
         with held(harness.engine):
             answers = [harness.generate(selections[index], texts[index], most[index]) for index in range(6)]
         for index in range(6, len(selections)):
@@ -185,7 +189,7 @@ def _head_input(model: object, wrapped: torch.nn.Module, text: Sequence[int], ar
 
 
 @pytest.mark.parametrize(
-    ("architecture", "quantize"), [*((name, "nf4") for name in CAUSAL), *((name, "int8") for name in CAUSAL)]
+    ("architecture", "quantize"), [*((name, "nf4") for name in CAUSAL), *((name, "int8-bnb") for name in CAUSAL)]
 )
 def test_over_the_same_quantized_base(architecture: str, quantize: str, zoos: dict[str, Zoo]) -> None:
     """PEFT over transformers' own bitsandbytes base against ours, computing in float32.

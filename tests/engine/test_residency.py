@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import platform
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -22,6 +24,7 @@ from adapterbay.registry.errors import BaseMismatch, Corrupted, InvalidArgument,
 from adapterbay.server.adapters.forms import LinearForm, ServingForm
 from adapterbay.server.adapters.residency import HostMemory, Residency, Resident
 from adapterbay.server.adapters.tally import Histogram
+from adapterbay.server.trim import trim
 
 SECONDS = 20
 
@@ -250,6 +253,32 @@ for _ in range(2):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries give back by themselves")
+def test_what_is_unloaded_goes_back_to_the_system(make: Make) -> None:
+    """And not into the allocator's own store, from which the last ones loaded keep it."""
+
+    def process_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    size, many = 64 << 10, [f"d{number}" for number in range(800)]  # too small for malloc to have them mapped singly
+    memory = make(len(many) * size, dict.fromkeys(many, size))
+    trim()
+    at_first = process_bytes()
+    residents = [memory.used(digest) for digest in many]
+    kept = [resident.ready for resident in residents[-4:]]
+    grown = process_bytes() - at_first
+    assert grown > len(many) * size * 3 // 4
+    for resident in residents:
+        memory.host.release(resident)
+        memory.host.unload(resident.digest).result(SECONDS)
+        memory.host.emptied(resident)  # as the engine says once the device is free of it
+    until = time.monotonic() + SECONDS
+    while process_bytes() - at_first > grown // 4:
+        assert time.monotonic() < until
+    assert [form.bytes for form in kept] == [size] * 4
+    assert all(resident.form is None for resident in residents)
 
 
 def test_histograms_count_each_duration_once() -> None:

@@ -6,7 +6,7 @@ from adapterbay.server.batch import Group, Phase, Row, Share
 from adapterbay.server.blocks import BlockLedger, blocks_for
 from adapterbay.server.prefix import BlockNames, seed
 from adapterbay.server.requests import ArmSpec, ClassifyTask, GenerateTask, Part, Request, SamplingSpec, Task
-from adapterbay.server.scheduler import Scheduler
+from adapterbay.server.scheduler import Scheduler, Seat
 
 
 class Slots:
@@ -15,13 +15,17 @@ class Slots:
     def __init__(self, most: int = 100) -> None:
         self.most = most
         self.seated: list[str] = []
+        self.steps = 0
 
-    def seat(self, group: Group) -> bool:
+    def renew(self) -> None:
+        self.steps += 1
+
+    def seat(self, group: Group, *, alone: bool) -> Seat:
         names = [part.name for row in group.rows for part in row.request.arm.parts]
         if len({*self.seated, *names}) > self.most:
-            return False
+            return Seat.FULL
         self.seated.extend(names)
-        return True
+        return Seat.TAKEN
 
     def leave(self, row: Row) -> None:
         for part in row.request.arm.parts:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engine_tools import Answer, Harness, References, Selection, held
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny import SPECIAL, TARGETS, load_reference, make_base, peft_model
 from torch import Tensor
 from zoo import Zoo
@@ -142,13 +142,19 @@ def test_labels_and_embeddings_beside_generation(zoo: Zoo) -> None:
             torch.testing.assert_close(torch.tensor(ours), theirs, rtol=0, atol=ATOL)
 
 
-def test_virtual_tokens_are_refused_by_name(zoo: Zoo, tmp_path: Path) -> None:
+def test_a_lora_on_the_embedding_has_no_effect_in_peft_and_is_refused(zoo: Zoo, tmp_path: Path) -> None:
     torch.manual_seed(3)
-    settings = PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4, tokenizer_name_or_path=str(zoo.base))
-    get_peft_model(load_reference(zoo.base, "SEQ_2_SEQ_LM"), settings).save_pretrained(tmp_path / "soft")
-    zoo.registry.push(tmp_path / "soft", "soft", base=f"folder:{zoo.base}")
-    with Harness(zoo.base, zoo.registry) as harness, pytest.raises(UnsupportedMethod, match="encoder-decoder"):
-        harness.generate("soft", [7, START], 3).wait()
+    base = load_reference(zoo.base, "SEQ_2_SEQ_LM")
+    settings = LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["shared"], init_lora_weights=False)
+    feed = {"input_ids": torch.tensor([[7, 9, START]]), "decoder_input_ids": torch.tensor([[START, 8]])}
+    with torch.no_grad():
+        plain = base(**feed).logits
+        adapted = get_peft_model(base, settings).eval()
+        assert torch.equal(adapted(**feed).logits, plain)
+    adapted.save_pretrained(tmp_path / "shared", save_embedding_layers=False)
+    zoo.registry.push(tmp_path / "shared", "shared", base=f"folder:{zoo.base}")
+    with Harness(zoo.base, zoo.registry) as harness, pytest.raises(UnsupportedMethod, match="would have no effect"):
+        harness.generate("shared", [7, START], 3).wait()
 
 
 def test_text_and_answer_have_a_context_each(zoo: Zoo) -> None:

@@ -20,7 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--isolation-engine",
         metavar="MODULE:FACTORY",
-        help="examine this engine instead of our own; see tests/isolation/interface.py",
+        action="append",
+        help="examine this engine instead of our own; may be repeated; see tests/isolation/interface.py",
     )
 
 
@@ -28,7 +29,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "factory" not in metafunc.fixturenames:
         return
     named = metafunc.config.getoption("--isolation-engine", default=None)
-    engines = OURS if named is None else {named: named}
+    engines = {name: name for name in named} if named else OURS
     metafunc.parametrize("factory", [find(engine) for engine in engines.values()], ids=engines, scope="module")
 
 

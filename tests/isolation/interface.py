@@ -12,8 +12,13 @@ To examine an engine of your own, write the two things below and name the factor
 in float32, as `save_pretrained` writes it, with its tokenizer) and returns an `EngineUnderTest`. The engine works in
 float32, greedily, and does not end at an end token. `work` is an empty folder of the engine's own. The suite makes
 adapters with PEFT and hands them over with `push`. What an engine cannot do at all it leaves out of `features`, and the
-tests that need it are skipped with that as the reason. `example.py` is a small engine to begin from. The suite
-imports pytest, torch, transformers and peft, and of adapterbay only what its own engine needs.
+tests that need it are skipped with that as the reason. `example.py` is a small engine to begin from.
+
+The suite imports pytest, torch, transformers (with its tokenizers), peft and safetensors, and `tests/tiny.py`. Only
+`ours.py` imports adapterbay, and only when our own engine is examined. Where adapterbay is not installed, leave out
+what sets up the rest of our tests:
+
+    pytest --confcutdir tests/isolation tests/isolation --isolation-engine mypackage.mymodule:start
 """
 
 from __future__ import annotations
@@ -46,7 +51,8 @@ class Failed(Exception):
 @dataclass(frozen=True)
 class Limits:
     """How much room the engine gets. `adapter_bytes` is what one of the suite's adapters takes in float32; all adapters
-    of a test are of that size. None is: as much as it likes."""
+    of a test are of that size. None is: as much as it likes. An engine with one tier keeps to the smaller
+    of the two."""
 
     rows: int = 8
     host_adapters: int | None = None
@@ -67,7 +73,8 @@ class Generated:
 @dataclass(frozen=True)
 class Stats:
     """A moment of the engine: bytes that adapters take in each tier and may take, rows that run or wait, and what
-    happened in each tier since the start. An engine with one tier calls it "device" and leaves the host's figures 0."""
+    happened since the start. An engine with one tier calls it "device" and leaves the host's figures 0, its budget
+    too."""
 
     host_bytes: int
     device_bytes: int
@@ -78,7 +85,9 @@ class Stats:
     hits: Mapping[str, int]  # by tier, "host" and "device"
     misses: Mapping[str, int]
     evictions: Mapping[str, int]
-    failures: int
+    loads: int  # adapters that were read and became ready; one that is still there is not loaded again
+    failures: int  # loads that failed
+    generated: int  # tokens of rows that are over, whatever their end: what a cancelled row had, too
 
 
 class Job(Protocol):

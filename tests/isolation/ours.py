@@ -138,7 +138,9 @@ class InProcess(_Stored):
             hits={"host": tally.hits.of(), "device": engine.device_tally.hits.of()},
             misses={"host": tally.misses.of(), "device": engine.device_tally.misses.of()},
             evictions={"host": tally.evictions.of(), "device": engine.device_tally.evictions.of()},
+            loads=sum(tally.load_seconds.read()[0]),
             failures=sum(tally.failures.read().values()),
+            generated=engine.row_tally.generated_tokens.of(),
         )
 
     def close(self) -> None:
@@ -235,7 +237,9 @@ class OverGrpc(_Stored):
             hits=by_tier("adapter_hits_total"),
             misses=by_tier("adapter_misses_total"),
             evictions=by_tier("adapter_evictions_total"),
+            loads=round(found["adapter_load_seconds_count", ()]),
             failures=round(sum(v for (name, _), v in found.items() if name == "adapter_load_failures_total")),
+            generated=round(found["generated_tokens_total", ()]),
         )
 
     def metrics(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

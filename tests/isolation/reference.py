@@ -33,7 +33,7 @@ class Folders:
         self.classifier = lru_cache(None)(self._classifier)
 
     def _generator(self, number: int) -> Path:
-        return make_adapter(self._base, self._root / f"g{number}", targets=TARGETS, rank=8, seed=number, scale=0.5)
+        return make_adapter(self._base, self._root / f"g{number}", targets=TARGETS, rank=8, seed=number, scale=1.0)
 
     def _classifier(self, number: int) -> Path:
         folder = self._root / f"c{number}"

@@ -55,7 +55,9 @@ def test_eviction_under_load(
     if "stats" in engine.features:
         stats = idle(engine)
         assert sum(stats.evictions.values()) > 0
-        assert stats.hits["host"] + stats.misses["host"] == len(asked)
+        if stats.host_budget:  # an engine with one tier has no host memory
+            assert stats.hits["host"] + stats.misses["host"] == len(asked)
+        assert stats.loads >= len(set(asked))
         assert stats.failures == 0
 
 
@@ -75,7 +77,9 @@ def test_an_unload_gives_the_bytes_back(start: Start, folders: Folders, alone: A
         engine.unload(f"a{number}")
         until(lambda: engine.stats().device_bytes == before.device_bytes + left * both.device_bytes // 2)  # noqa: B023
         assert engine.stats().host_bytes == before.host_bytes + left * both.host_bytes // 2
+    assert engine.stats().loads == 2
     same(engine.generate(PROMPT, "a0", TOKENS).wait(), alone.generates(PROMPT, folders.generator(0), TOKENS))
+    assert engine.stats().loads == 3
 
 
 def test_an_unload_while_rows_run_waits_for_them(start: Start, folders: Folders, alone: Alone) -> None:
@@ -108,4 +112,4 @@ def test_many_loads_of_one_adapter_are_one(start: Start, folders: Folders, alone
     if "stats" in engine.features:
         stats = idle(engine)
         assert stats.device_bytes < 2 * folders.bytes
-        assert stats.misses["device"] == 1
+        assert stats.loads == 1

@@ -20,6 +20,7 @@ from registry_tools import Draft, Tensors, Tiny, tree
 from safetensors.numpy import save_file
 
 from adapterbay.registry import Limits, Registry, admit, locate
+from adapterbay.registry.admission.peft_fields import read_method
 from adapterbay.registry.errors import (
     AdapterbayError,
     BaseMismatch,
@@ -292,6 +293,12 @@ BAD: dict[str, tuple[Spoil, type[AdapterbayError], str]] = {
         "BASE_MISMATCH",
     ),
 }
+
+
+def test_a_misspelt_method_gets_near_names() -> None:
+    with pytest.raises(UnsupportedMethod, match=r"does not know it\. Did you mean LORA") as caught:
+        read_method({"peft_type": "lora"})
+    assert "`adapterbay server methods`" in caught.value.message
 
 
 @pytest.mark.parametrize(("spoil", "error", "reason"), BAD.values(), ids=BAD.keys())

@@ -58,16 +58,21 @@ def paste(script: str, place: Path) -> subprocess.CompletedProcess[str]:
 def test_the_readme_from_push_to_rollback(
     bert: Tiny, draft: DraftOf, tmp_path: Path, document: str, publish: str, swap: str, review: str
 ) -> None:
-    train(bert, draft, tmp_path / "out", {"sentiment": 0.81, "sentiment-2": 0.82, "sentiment-3": 0.83})
-    before = re.sub(r"^trainer run .*$", "", block(document, publish) + block(document, swap), flags=re.MULTILINE)
+    accuracies = {"sentiment": 0.81, "critic": 0.5, "sentiment-2": 0.82, "sentiment-3": 0.83}
+    train(bert, draft, tmp_path / "out", accuracies)
+    pasted = "".join(block(document, heading) for heading in (publish, swap, review))
+    trained = re.findall(r"^trainer run (\S+)", pasted, re.MULTILINE)
+    assert len(trained) == len(accuracies)
+    assert all((ROOT / settings).is_file() for settings in trained)
+    registry_only = re.sub(r"^(trainer run|python examples/held_out.py) .*$", "", pasted, flags=re.MULTILINE)
     compared, lines = re.subn(  # what it records is given by hand: no server runs here
         r"^adapterbay compare (\S+) (\S+) --inputs .*$",
         r"registry record-comparison \1 \2 --metric accuracy --value 0.83 --other 0.82 --inputs 240 --verdict better",
-        block(document, review),
+        registry_only,
         flags=re.MULTILINE,
     )
     assert lines == 1
-    done = paste(f"export ADAPTERBAY_REGISTRY=$PWD/store\n{before}{compared}", tmp_path)
+    done = paste(f"export ADAPTERBAY_REGISTRY=$PWD/store\n{compared}", tmp_path)
     assert "sentiment@champion → 3 (was 2)" in done.stdout
     assert "sentiment@champion → 2 (was 3)" in done.stdout
     assert (tmp_path / "lineage.svg").read_text(encoding="utf-8").startswith("<svg")

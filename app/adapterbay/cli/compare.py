@@ -200,6 +200,11 @@ def _task(client: Client, task: TaskChoice, arms: Sequence[Selection]) -> TaskCh
         reference = arm.adapter or next((adapter.reference for adapter in fused), None)
         if reference is not None:
             trained = client.get_adapter(reference).task
+            if trained == "token-classification":
+                raise InvalidArgument(
+                    f"{reference} labels tokens, which comparisons do not take; --task generate has it write.",
+                    field="task",
+                )
             return TaskChoice.CLASSIFY if trained == "sequence-classification" else TaskChoice.GENERATE
     return TaskChoice.GENERATE
 

@@ -13,9 +13,12 @@ from adapterbay.registry.base import BaseFiles, locate
 from adapterbay.registry.errors import InvalidArgument, UnsupportedMethod
 
 Kind = Literal["causal-lm", "encoder", "encoder-decoder"]
-Quantization = Literal["none", "nf4", "int8"]
+Quantization = Literal["none", "nf4", "int8", "int4", "int8-bnb"]
 
-QUANTIZATIONS = ("auto", "none", "nf4", "int8")
+QUANTIZATIONS = ("auto", "none", "nf4", "int8", "int4", "int8-bnb")
+"""How a base can be held; docs/decisions/0003 says what computes each. `int8-bnb` is bitsandbytes on every device."""
+BY_KERNELS = ("int8", "int4")
+"""What the server's own kernels compute on a CPU."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 ENCODER_DECODERS = ("t5",)
@@ -71,10 +74,22 @@ class LoadedBase:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one."""
+    """`auto` is CUDA where there is one. Raises InvalidArgument for what is no device, or not on this machine."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        picked = torch.device("meta")
+    if picked.type not in ("cpu", "cuda"):
+        raise InvalidArgument(f"{device!r} is no device; it must be one of auto, cpu, cuda.", field="device")
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise InvalidArgument(
+            f"The device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices. Take cpu, or "
+            "install a torch that is built for CUDA.",
+            field="device",
+        )
+    return picked
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -90,14 +105,26 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def pick_quantization(quantize: str, device: torch.device) -> Quantization:
-    """`auto` is nf4 on CUDA and none on a CPU; docs/decisions/0003 says why."""
+    """`auto` is nf4 on CUDA and none on a CPU; docs/decisions/0003 says why.
+
+    Raises InvalidArgument for another name, and for int4 elsewhere than on a CPU.
+    """
     if quantize not in QUANTIZATIONS:
         raise InvalidArgument(
             f"quantize is {quantize!r}; it must be one of {', '.join(QUANTIZATIONS)}.", field="quantize"
         )
     if quantize == "auto":
         return "nf4" if device.type == "cuda" else "none"
+    if quantize == "int4" and device.type != "cpu":
+        raise InvalidArgument(
+            f"quantize is 'int4', which only CPUs compute; on {device.type} take nf4.", field="quantize"
+        )
     return quantize  # type: ignore[return-value]
+
+
+def by_kernels(quantization: Quantization, device: torch.device) -> bool:
+    """Whether the server's kernels compute it: such a base is loaded whole, and the server quantizes it."""
+    return device.type == "cpu" and quantization in BY_KERNELS
 
 
 def kind_of(config: Any) -> Kind:
@@ -123,7 +150,7 @@ def kind_of(config: Any) -> Kind:
 
 
 def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
-    """The bitsandbytes settings behind a name, None for `none`.
+    """The bitsandbytes settings behind a name, None for `none` and for what bitsandbytes does not compute.
 
     INT8 runs without outlier decomposition (threshold 0): with it, which columns are outliers depends on every row
     in the batch, so one user's text would change another's logits.
@@ -137,7 +164,7 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(KEPT_WHOLE),
         )
-    if quantization == "int8":
+    if quantization in ("int8", "int8-bnb"):
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=list(KEPT_WHOLE))
     return None
 
@@ -155,7 +182,8 @@ def load_base(
 
     `attention` names a transformers attention implementation; None is transformers' own default. `max_length` can
     lower the context, never raise it. Raises NotFound for a base that is not there, InvalidArgument for settings
-    that make no sense and UnsupportedMethod for an architecture that is not served.
+    that make no sense, or that only the server's kernels can compute, and UnsupportedMethod for an architecture that is
+    not served.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -163,6 +191,11 @@ def load_base(
     where = pick_device(device)
     torch_dtype = pick_dtype(dtype, where)
     quantization = pick_quantization(quantize, where)
+    if by_kernels(quantization, where):
+        raise InvalidArgument(
+            f"quantize is {quantization!r}, which on a CPU only the server computes; take nf4 or int8-bnb.",
+            field="quantize",
+        )
     config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     kind = kind_of(config)
     settings: dict[str, Any] = {"dtype": torch_dtype, "trust_remote_code": False, "output_loading_info": True}

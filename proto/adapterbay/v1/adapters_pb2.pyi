@@ -152,7 +152,7 @@ class Adapter(_message.Message):
     digest: _builtins.str
     """"sha256:" and 64 hex digits: the digest of the version's manifest."""
     task: _builtins.str
-    """"causal-lm", "sequence-classification" or "feature-extraction"."""
+    """"causal-lm", "seq2seq-lm", "sequence-classification", "token-classification" or "feature-extraction"."""
     method: _builtins.str
     """The PEFT type, for instance "LORA"."""
     rank: _builtins.int

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 MAX_MESSAGE: Final = 4000
 _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -57,6 +57,13 @@ class AdapterbayError(Exception):
         self.message = message
         self.reason = reason or self.default_reason
         self.metadata = {key: shown(value, 2000) for key, value in (metadata or {}).items()}
+
+    def told(self, message: str) -> Self:
+        """A copy with another message: one error may be told to many, to each in the words of its question."""
+        message = shown(message)
+        copied = type(self).__new__(type(self), message)
+        copied.__dict__.update(self.__dict__, message=message)
+        return copied
 
 
 class InvalidArgument(AdapterbayError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from adapterbay.client.errors import RequestError
+
 MEBIBYTE = 1 << 20
 
 OPTIONS: tuple[tuple[str, int], ...] = (
@@ -16,3 +18,14 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 )
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 60.0
+
+
+def checked(address: str) -> str:
+    """An address that gRPC can look for: HOST:PORT, or one of its own schemes. Raises RequestError, or TypeError."""
+    if not isinstance(address, str):
+        raise TypeError(f"address takes HOST:PORT as text, not {address!r}.")
+    if not address.strip():
+        raise RequestError("The server's address is empty; give HOST:PORT.")
+    if address.startswith(("http://", "https://")):
+        raise RequestError(f"{address} is a URL; give HOST:PORT alone, such as {DEFAULT_ADDRESS}.")
+    return address

@@ -2,6 +2,7 @@
 
 ClientError
 ├── ClientClosedError            the client was closed
+├── RequestError                 what was given makes no request, so nothing was sent; a ValueError, too
 └── ServerError                  the call failed; `code`, `reason`, `message`, `metadata`, `retry_after_seconds`
     ├── InvalidArgumentError     `field` names what is wrong in the request
     ├── NotFoundError            `near` holds names that may have been meant
@@ -34,6 +35,10 @@ class ClientClosedError(ClientError):
 
     def __init__(self) -> None:
         super().__init__("This client is closed.")
+
+
+class RequestError(ClientError, ValueError):
+    """What was given cannot be sent; the message names the argument."""
 
 
 class ServerError(ClientError):
@@ -125,6 +130,8 @@ def from_status(
     for key, value in trailing or ():
         if key == DETAILS_KEY and isinstance(value, bytes):
             reason, metadata, retry_after = _read_details(value)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and not reason:  # ended here, in gRPC's own words
+        message = "The call's deadline passed."
     kind = _CLASSES.get(code, ServerError)
     return kind(code, reason, message or code.name, metadata, retry_after)
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Final
 
+from adapterbay.client.making import made
 from adapterbay.v1 import types_pb2
 
 LINEAR: Final = "linear"
@@ -27,7 +29,6 @@ METHODS: Final = tuple(
 )
 """The ways to fuse; what they mean is in `adapterbay/v1/types.proto`."""
 
-_HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 _TERM = re.compile(r"(?P<text>[^\[\]()]*)(?:\[(?P<layers>[^\[\]]*)\])?")
 _CALL = re.compile(r"(?P<method>[a-z_]+)\((?P<inside>.*)\)", re.DOTALL)
 _PLUS = re.compile(r"(?<![0-9][eE])\+")
@@ -43,6 +44,10 @@ class WeightedAdapter:
     reference: str
     weight: float = 1.0
     layer_weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, Real):
+            raise TypeError(f"The weight of {self.reference!r} is {self.weight!r}; it must be a number.")
 
     @classmethod
     def parse(cls, text: str) -> WeightedAdapter:
@@ -68,10 +73,11 @@ class WeightedAdapter:
 
     def message(self) -> types_pb2.WeightedAdapter:
         """For a request."""
-        return types_pb2.WeightedAdapter(
+        return made(
+            types_pb2.WeightedAdapter,
             adapter=self.reference,
             weight=self.weight,
-            layer_weights=[types_pb2.LayerWeight(layers=k, weight=v) for k, v in self.layer_weights.items()],
+            layer_weights=[made(types_pb2.LayerWeight, layers=k, weight=v) for k, v in self.layer_weights.items()],
         )
 
 
@@ -104,6 +110,8 @@ class Fusion:
             return fusion
         if isinstance(fusion, str):
             return cls.parse(fusion)
+        if not isinstance(fusion, Mapping):
+            raise TypeError(f"fusion takes {{'NAME': weight}}, a Fusion or its text, not {fusion!r}.")
         return cls(tuple(WeightedAdapter(reference, weight) for reference, weight in fusion.items()))
 
     @classmethod
@@ -129,7 +137,8 @@ class Fusion:
     def message(self) -> types_pb2.Fusion:
         """For a request. What is out of range for the message raises ValueError."""
         sign = f"{_SIGN}{(self.majority_sign or 'unspecified').upper()}"
-        return types_pb2.Fusion(
+        return made(
+            types_pb2.Fusion,
             adapters=[adapter.message() for adapter in self.adapters],
             method=types_pb2.FusionMethod.Value(f"{_METHOD}{self.method.upper()}"),
             density=self.density,
@@ -145,8 +154,8 @@ FusionLike = Fusion | Mapping[str, float] | str
 
 def is_weighted(text: str) -> bool:
     """Whether a reference has a weight behind it. `hub:org/repo` and `a@sha256:…` have none."""
-    reference, separator, end = text.rpartition(":")
-    return bool(separator) and reference != "hub" and not _HEX_DIGEST.fullmatch(end)
+    reference, separator, _ = text.rpartition(":")
+    return bool(separator) and reference != "hub" and not reference.endswith("@sha256")
 
 
 def is_fusion(text: str) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
+from adapterbay.client.errors import RequestError
 from adapterbay.client.fusion import FusionLike
+from adapterbay.client.making import made
 from adapterbay.client.selection import Selection
 from adapterbay.v1 import inference_pb2, types_pb2
 
 Messages = Sequence[Mapping[str, str]]
+T = TypeVar("T")
 
 POOLINGS = {
     "mean": inference_pb2.POOLING_MEAN,
@@ -56,28 +59,40 @@ def sampling(
     ignore_end: bool = False,
 ) -> inference_pb2.Sampling:
     """Sampling settings; None leaves the server's default."""
-    if isinstance(stop, str):
-        raise TypeError("stop takes a sequence of strings, not one string.")
-    return inference_pb2.Sampling(
+    return made(
+        inference_pb2.Sampling,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
         seed=seed,
-        stop=stop,
+        stop=_several(stop, "stop"),
         ignore_end=ignore_end,
     )
 
 
 def conversation(messages: Messages) -> types_pb2.Conversation:
-    """A conversation from mappings with `role` and `content`."""
-    return types_pb2.Conversation(
-        messages=[types_pb2.ChatMessage(role=message["role"], content=message["content"]) for message in messages]
-    )
+    """A conversation from mappings with `role` and `content`; nothing else that they hold would be sent."""
+    if isinstance(messages, str | Mapping):
+        raise TypeError("messages takes a sequence of {'role': …, 'content': …}, not one of them.")
+    return types_pb2.Conversation(messages=[_message(index, message) for index, message in enumerate(messages)])
+
+
+def _message(index: int, message: Mapping[str, str]) -> types_pb2.ChatMessage:
+    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        raise RequestError(f"messages[{index}] must have `role` and `content`, and nothing else.")
+    return made(types_pb2.ChatMessage, **message)
+
+
+def _several(values: Sequence[T], name: str) -> Sequence[T]:
+    """Values that must be a sequence of strings: one string would be taken for its characters."""
+    if isinstance(values, str):
+        raise TypeError(f"{name} takes a sequence of strings, not one string.")
+    return values
 
 
 def _log_probabilities(top: int | None) -> inference_pb2.LogProbabilityOptions | None:
-    return None if top is None else inference_pb2.LogProbabilityOptions(top=top)
+    return None if top is None else made(inference_pb2.LogProbabilityOptions, top=top)
 
 
 def generate(
@@ -99,7 +114,10 @@ def generate(
     """A GenerateRequest. Raises ValueError unless there is exactly one of a prompt and messages."""
     if (prompt is None) == (messages is None):
         raise ValueError("Give either a prompt or messages.")
-    request = inference_pb2.GenerateRequest(
+    return made(
+        inference_pb2.GenerateRequest,
+        prompt=prompt,
+        conversation=None if messages is None else conversation(messages),
         **Selection(adapter, fusion, base).fields(),
         sampling=sampling(
             max_tokens=max_tokens,
@@ -112,22 +130,11 @@ def generate(
         ),
         log_probabilities=_log_probabilities(log_probabilities),
     )
-    if messages is not None:
-        request.conversation.CopyFrom(conversation(messages))
-    elif prompt is not None:
-        request.prompt = prompt
-    return request
 
 
 def streamed(request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateStreamRequest:
     """The same request for streaming: both messages have the same fields, which a test of the contract holds."""
     return inference_pb2.GenerateStreamRequest.FromString(request.SerializeToString())
-
-
-def _texts(texts: Sequence[str]) -> Sequence[str]:
-    if isinstance(texts, str):
-        raise TypeError("texts takes a sequence of strings, not one string.")
-    return texts
 
 
 def classify(
@@ -140,7 +147,7 @@ def classify(
 ) -> inference_pb2.ClassifyRequest:
     """A ClassifyRequest."""
     selection = Selection(adapter, fusion, base)
-    return inference_pb2.ClassifyRequest(**selection.fields(), texts=_texts(texts), truncate=truncate)
+    return made(inference_pb2.ClassifyRequest, **selection.fields(), texts=_several(texts, "texts"), truncate=truncate)
 
 
 def classify_tokens(
@@ -154,8 +161,12 @@ def classify_tokens(
 ) -> inference_pb2.ClassifyTokensRequest:
     """A ClassifyTokensRequest."""
     selection = Selection(adapter, fusion, base)
-    return inference_pb2.ClassifyTokensRequest(
-        **selection.fields(), texts=_texts(texts), truncate=truncate, scores=scores
+    return made(
+        inference_pb2.ClassifyTokensRequest,
+        **selection.fields(),
+        texts=_several(texts, "texts"),
+        truncate=truncate,
+        scores=scores,
     )
 
 
@@ -172,9 +183,10 @@ def embed(
     """An EmbedRequest. `pooling` is "mean", "first" or "last"."""
     if pooling not in POOLINGS:
         raise ValueError(f"pooling is {pooling!r}; it must be one of {', '.join(POOLINGS)}.")
-    return inference_pb2.EmbedRequest(
+    return made(
+        inference_pb2.EmbedRequest,
         **Selection(adapter, fusion, base).fields(),
-        texts=_texts(texts),
+        texts=_several(texts, "texts"),
         pooling=POOLINGS[pooling],
         normalize=normalize,
         truncate=truncate,
@@ -207,7 +219,7 @@ def compare_generate(
         ),
         log_probabilities=_log_probabilities(log_probabilities),
     )
-    return inference_pb2.CompareRequest(arms=_arms(arms), inputs=[_input(entry) for entry in inputs], generate=task)
+    return inference_pb2.CompareRequest(arms=_arms(arms), inputs=_inputs(inputs), generate=task)
 
 
 def compare_classify(
@@ -215,14 +227,18 @@ def compare_classify(
 ) -> inference_pb2.CompareRequest:
     """A CompareRequest that classifies."""
     task = inference_pb2.ClassifyTask(truncate=truncate)
-    return inference_pb2.CompareRequest(arms=_arms(arms), inputs=[_input(text) for text in inputs], classify=task)
+    return inference_pb2.CompareRequest(arms=_arms(arms), inputs=_inputs(inputs), classify=task)
 
 
 def _arms(arms: Sequence[Selection | str]) -> list[inference_pb2.Arm]:
-    return [inference_pb2.Arm(**Selection.of(arm).fields()) for arm in arms]
+    return [made(inference_pb2.Arm, **Selection.of(arm).fields()) for arm in _several(arms, "arms")]
+
+
+def _inputs(inputs: Sequence[str | Messages]) -> list[inference_pb2.CompareInput]:
+    return [_input(entry) for entry in _several(inputs, "inputs")]
 
 
 def _input(entry: str | Messages) -> inference_pb2.CompareInput:
     if isinstance(entry, str):
-        return inference_pb2.CompareInput(text=entry)
+        return made(inference_pb2.CompareInput, text=entry)
     return inference_pb2.CompareInput(conversation=conversation(entry))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from adapterbay.client.errors import ServerError
+from adapterbay.client.errors import RequestError, ServerError
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,18 @@ class RetryPolicy:
         return None if remaining is not None and wait >= remaining else wait
 
 
+FOR_EVER_SECONDS = 1e8
+"""A timeout of three years is none; gRPC counts the time that is left in nanoseconds."""
+
+
 class Deadline:
-    """A timeout that counts over all tries of a call."""
+    """A timeout that counts over all tries of a call. Raises RequestError if it is no number."""
 
     def __init__(self, timeout: float | None, default: float | None) -> None:
         chosen = default if timeout is None else timeout
-        unlimited = chosen is None or chosen == math.inf
+        if chosen is not None and math.isnan(chosen):
+            raise RequestError("timeout is nan; give seconds, or math.inf for none.")
+        unlimited = chosen is None or chosen > FOR_EVER_SECONDS
         self._at = None if unlimited or chosen is None else time.monotonic() + chosen
 
     def remaining(self) -> float | None:

@@ -35,6 +35,8 @@ class Selection:
             raise ValueError(
                 "Say what should answer by exactly one of adapter='NAME', fusion={'NAME': weight} and base=True."
             )
+        if isinstance(self.adapter, str) and is_fusion(self.adapter):
+            raise ValueError(f"{self.adapter!r} is no reference of one adapter; a fusion goes into fusion=….")
         if self.fusion is not None:
             object.__setattr__(self, "fusion", Fusion.of(self.fusion))
 

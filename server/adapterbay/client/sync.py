@@ -10,8 +10,9 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from adapterbay.client import requests, responses, types
-from adapterbay.client.channel import DEFAULT_ADDRESS, DEFAULT_TIMEOUT, OPTIONS
+from adapterbay.client.channel import DEFAULT_ADDRESS, DEFAULT_TIMEOUT, OPTIONS, checked
 from adapterbay.client.errors import ClientClosedError, ServerError, from_status
+from adapterbay.client.making import made
 from adapterbay.client.requests import GenerateOptions, Messages, SamplingOptions, SelectionOptions
 from adapterbay.client.retry import Deadline, RetryPolicy
 from adapterbay.client.selection import Selection
@@ -37,6 +38,7 @@ class Client:
         retry: RetryPolicy | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
+        checked(address)
         self._timeout = timeout
         self._retry = retry or RetryPolicy()
         self._closed = False
@@ -153,7 +155,8 @@ class Client:
         """All adapters that match, page by page."""
         token = ""
         while True:
-            request = adapters_pb2.ListAdaptersRequest(
+            request = made(
+                adapters_pb2.ListAdaptersRequest,
                 name_prefix=name_prefix,
                 resident_only=resident_only,
                 all_versions=all_versions,
@@ -168,30 +171,30 @@ class Client:
 
     def get_adapter(self, adapter: str, *, timeout: float | None = None) -> types.AdapterInfo:
         """Resolves a reference; the answer has `manifest_json`."""
-        request = adapters_pb2.GetAdapterRequest(adapter=adapter)
+        request = made(adapters_pb2.GetAdapterRequest, adapter=adapter)
         response = self._unary(self._adapters.GetAdapter, request, timeout)
         return responses.adapter(response.adapter, response.manifest_json)
 
     def load_adapter(self, adapter: str, *, timeout: float | None = None) -> types.LoadedAdapter:
         """Brings a version into memory before it is asked for."""
-        request = adapters_pb2.LoadAdapterRequest(adapter=adapter)
+        request = made(adapters_pb2.LoadAdapterRequest, adapter=adapter)
         return responses.loaded(self._unary(self._adapters.LoadAdapter, request, timeout))
 
     def unload_adapter(self, adapter: str, *, timeout: float | None = None) -> types.UnloadedAdapter:
         """Gives a version's memory back."""
-        request = adapters_pb2.UnloadAdapterRequest(adapter=adapter)
+        request = made(adapters_pb2.UnloadAdapterRequest, adapter=adapter)
         return responses.unloaded(self._unary(self._adapters.UnloadAdapter, request, timeout))
 
     def pin_adapter(self, adapter: str, pinned: bool = True, *, timeout: float | None = None) -> types.AdapterInfo:
         """Keeps a version in memory, or lets it go again."""
-        request = adapters_pb2.PinAdapterRequest(adapter=adapter, pinned=pinned)
+        request = made(adapters_pb2.PinAdapterRequest, adapter=adapter, pinned=pinned)
         return responses.adapter(self._unary(self._adapters.PinAdapter, request, timeout).adapter)
 
     def watch_adapters(
         self, name_prefix: str = "", *, snapshot: bool = False, timeout: float | None = None
     ) -> Generator[types.AdapterChange, None, None]:
         """Yields changes until the generator is closed."""
-        request = adapters_pb2.WatchAdaptersRequest(name_prefix=name_prefix, snapshot=snapshot)
+        request = made(adapters_pb2.WatchAdaptersRequest, name_prefix=name_prefix, snapshot=snapshot)
         return self._stream(self._adapters.WatchAdapters, request, responses.change, Deadline(timeout, default=None))
 
     def _unary(self, method: Callable[..., Res], request: object, timeout: float | None) -> Res:

@@ -127,6 +127,7 @@ class Server:
                 adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(engine, feed), late)
                 self._gate.phase = Phase.SERVING
                 await self._report(health_pb2.HealthCheckResponse.SERVING)
+                engine.on_fault(self._ill(asyncio.get_running_loop()))
                 with self._shown(engine):
                     metrics_port = self._metrics.port if self._metrics is not None else None
                     yield Serving(engine=engine, host=self._config.host, port=self._port, metrics_port=metrics_port)
@@ -160,6 +161,15 @@ class Server:
             yield
         finally:
             hide()
+
+    def _ill(self, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
+        """What says, from any thread, that this server answers no more requests: whoever watches it may restart it."""
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the server has ended before
+                asyncio.run_coroutine_threadsafe(self._report(health_pb2.HealthCheckResponse.NOT_SERVING), loop)
+
+        return tell
 
     async def _report(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in (OVERALL, *SERVICES):

@@ -38,6 +38,7 @@ class Row:
     source: tuple[
         int, ...
     ] = ()  # [engine] the text that an encoder-decoder's encoder reads; `tokens` are the decoder's
+    source_prompt: Prompt | None = None  # [engine] what its adapter puts before `source`, which has zeros there
     encoded_only: bool = False  # [engine] an encoder-decoder's row that ends with its encoder, which reads `tokens`
     names: BlockNames | None = None  # [engine] what its full blocks are called; None: it shares none
     reuses: bool = False  # [engine] whether blocks that others computed will do: nobody needs their tokens' states
@@ -79,7 +80,7 @@ class Row:
         """The most positions of the cache that the row will ever write; the last new token is never fed back. Those of
         `source` do not count."""
         if self.source:
-            return max(self.max_new_tokens, 1)
+            return self.placed + max(self.max_new_tokens, 1)
         return self.virtual_tokens + self.prompt_tokens + max(self.max_new_tokens - 1, 0)
 
     @property
@@ -114,7 +115,12 @@ class Share:
     @property
     def cost(self) -> int:
         """How many tokens that are."""
-        return self.count + (len(self.row.source) if not self.start else 0)
+        return self.count + (len(self.row.source) if self.begins else 0)
+
+    @property
+    def begins(self) -> bool:
+        """Whether an encoder-decoder's row has its text read in this step."""
+        return bool(self.row.source) and self.start == self.row.placed
 
     @property
     def finishes_prompt(self) -> bool:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DEFAULTS = ServerConfig()
+OPTIONS = {"max_rows": "--max-batch", "trusted_keys": "--trusted-key"}
+"""Settings whose option has another name."""
 
 app = typer.Typer(
     name="server",
@@ -45,7 +47,9 @@ def start(
     ] = DEFAULTS.metrics_port,
     metrics_host: Annotated[str, typer.Option(help="The address for metrics.")] = DEFAULTS.metrics_host,
     port_file: Annotated[Path | None, typer.Option(help="Write the port here once requests are taken.")] = None,
-    quantize: Annotated[str, typer.Option(help="none, nf4, int8, or auto by device.")] = DEFAULTS.quantize,
+    quantize: Annotated[
+        str, typer.Option(help="none, nf4, int8, int4, int8-bnb, or auto by device.")
+    ] = DEFAULTS.quantize,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = DEFAULTS.dtype,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = DEFAULTS.device,
     compile_: Annotated[
@@ -99,6 +103,9 @@ def start(
         drain_seconds=drain_seconds,
     )
 
+    if port_file is not None and (port_file.is_dir() or not port_file.parent.is_dir()):
+        raise InvalidArgument(f"The port file {port_file} cannot be written: there is no folder for it, or it is one.")
+
     def ready(serving: Serving) -> None:
         for line in [json.dumps(holdings(serving))] if json_ready else describe(serving):
             typer.echo(line)
@@ -149,12 +156,14 @@ def _problem(item: Mapping[str, Any]) -> str:
     """A setting and what is wrong with it; what is wrong with several together has no place of its own."""
     place = ".".join(map(str, item["loc"]))
     message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{place}: {message}" if place else message
+    option = OPTIONS.get(place, f"--{place.replace('_', '-')}")
+    return f"{option} {item['input']}: {message}" if place else message
 
 
 def holdings(serving: Serving) -> dict[str, Any]:
     """What the server holds, for machines."""
     base = serving.engine.base
+    registry = serving.engine.adapters.registry
     return {
         "host": serving.host,
         "port": serving.port,
@@ -169,6 +178,8 @@ def holdings(serving: Serving) -> dict[str, Any]:
         "device": base.device,
         "max_length": base.max_length,
         "kernels": serving.engine.kernels,
+        "registry": str(registry.root),
+        "adapters": len(registry.adapters()),
     }
 
 
@@ -177,12 +188,16 @@ def describe(serving: Serving) -> list[str]:
     base = serving.engine.base
     config = serving.engine.config
     metrics = f", metrics {config.metrics_host}:{serving.metrics_port}" if serving.metrics_port is not None else ""
+    registry = serving.engine.adapters.registry
+    count = len(registry.adapters())
     return [
         f"base         {base.reference} ({base.kind}, context {base.max_length})",
         f"fingerprint  {base.fingerprint}",
         f"holds        {base.parameters:,} parameters in {base.bytes / 2**20:,.1f} MiB, "
         f"{base.dtype}, quantization {base.quantization}, on {base.device}",
         f"kernels      {serving.engine.kernels}",
+        f"registry     {registry.root}, {count or 'no'} adapter{'s' if count != 1 else ''}"
+        + ("" if count else ": push one, or check --registry"),
         f"serving      {serving.host}:{serving.port}{metrics}",
     ]
 

@@ -22,7 +22,7 @@ class ServerConfig(BaseModel):
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = Field(default=None, ge=0, le=65535, description="None: no metrics; 0 picks a free port.")
 
-    quantize: str = Field(default="auto", description="none, nf4, int8, or auto by device.")
+    quantize: str = Field(default="auto", description="none, nf4, int8, int4, int8-bnb, or auto by device.")
     dtype: str = Field(default="auto", description="float32, bfloat16, float16, or auto by device.")
     device: str = Field(default="auto", description="cpu, cuda, or auto.")
     compile: Literal["auto", "on", "off"] = Field(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +18,19 @@ from adapterbay.registry import Registry
 from adapterbay.registry.errors import (
     AdapterbayError,
     Cancelled,
+    EngineFault,
     InvalidArgument,
     QueueFull,
     TaskMismatch,
     Unavailable,
 )
+from adapterbay.registry.location import folder_of
 from adapterbay.server.adapters.device import DeviceMemory
 from adapterbay.server.adapters.fusing import check_fusable, check_fused_head
 from adapterbay.server.adapters.manager import AdapterManager
-from adapterbay.server.adapters.residency import Resident, wait_all
+from adapterbay.server.adapters.residency import Resident
 from adapterbay.server.adapters.tally import CountedPlaces, RowTally, TierTally
+from adapterbay.server.adapters.waiting import wait_all
 from adapterbay.server.batch import Group, Row
 from adapterbay.server.blocks import blocks_for
 from adapterbay.server.config import ServerConfig
@@ -39,10 +43,13 @@ from adapterbay.server.pooling import Heads, StatePooler, TokenLabels, blend_hea
 from adapterbay.server.requests import ClassifyTask, ClassifyTokensTask, EmbedTask, GenerateTask, Request
 from adapterbay.server.runner import Runner
 from adapterbay.server.scheduler import Scheduler
+from adapterbay.server.trim import trim
 from adapterbay.server.trust import trusted_keys
 
 DEFAULT_NEW_TOKENS = 256
 RETRY_AFTER_SECONDS = 0.5
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,8 @@ class Engine:
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._accepting = False
+        self._fault: EngineFault | None = None
+        self._on_fault: Callable[[], None] = lambda: None
         self._rows: dict[int, Row] = {}
         self.row_tally = RowTally()
         self.device_tally = TierTally()
@@ -96,6 +105,7 @@ class Engine:
             Runner(model, self._blocks),
             left=self._left,
             stuck=lambda: self.adapters.memory.relieve(),
+            broken=self._broken,
         )
         self.adapters = AdapterManager(
             registry, model, config, vacate=lambda r: self._loop.post(lambda: self._vacate(r))
@@ -103,14 +113,20 @@ class Engine:
 
     @classmethod
     def create(cls, config: ServerConfig) -> Engine:
-        """Loads the base and opens the registry; blocks for as long as that takes."""
-        registry = Registry.open(config.registry)
+        """Loads the base and opens the registry; blocks for as long as that takes.
+
+        A folder that is not there becomes a registry; a bare word that is neither a folder nor a name is a slip of the
+        pen. Raises what `folder_of`, `Registry.open` and loading the base raise.
+        """
+        registry = Registry.open(folder_of(config.registry, create=False))
         trusted_keys(config)  # a wrong key is told before the base is loaded
 
         def load() -> Engine:
             if config.threads is not None:
                 torch.set_num_threads(config.threads)
-            return cls(config, ServingModel.load(config), registry)
+            engine = cls(config, ServingModel.load(config), registry)
+            trim()  # of what loading left behind
+            return engine
 
         # In a thread that ends: each thread that computes keeps OpenMP workers for as long as it lives, and with more
         # of them than cores libgomp puts the workers of all to sleep between any two products. The engine's thread is
@@ -137,6 +153,14 @@ class Engine:
             row.request.listener(Cancelled("The server is stopping."))
         self.adapters.memory.close()
 
+    def on_fault(self, call: Callable[[], None]) -> None:
+        """Has `call` called, on another thread, when the engine cannot go on; at once if that is already so."""
+        with self._lock:
+            self._on_fault = call
+            late = self._fault is not None
+        if late:
+            call()
+
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues rows that enter the batch in one step: one request, or one input's arms.
 
@@ -147,6 +171,8 @@ class Engine:
         for request in requests:
             self._check(request)
         with self._lock:
+            if self._fault is not None:
+                raise Unavailable(f"The engine has stopped; restart the server. {self._fault.message}")
             if not self._accepting:
                 raise Unavailable("The server is starting or stopping; it takes no requests now.")
             waiting = len(self._rows)
@@ -225,8 +251,8 @@ class Engine:
             shared = self._model.seq2seq is None  # a context for the prompt and the answer, or one for each
             if max(self.new_tokens(request), 1) + (len(ids) if shared else 0) > limit or len(ids) > limit:
                 raise InvalidArgument(
-                    f"The prompt has {len(ids)} tokens and {self.new_tokens(request)} more are asked for; this base "
-                    f"takes {limit} in all.",
+                    f"The prompt has {len(ids)} tokens and {max(self.new_tokens(request), 1)} more are asked for; this "
+                    f"base takes {limit} in all.",
                     field="sampling.max_tokens" if len(ids) < limit else "input",
                 )
         elif len(ids) > limit:
@@ -239,11 +265,7 @@ class Engine:
         if self._model.seq2seq is not None:
             needed = blocks_for(len(ids)) + blocks_for(max(self.new_tokens(request), 1))
         if self._model.causal and needed > self._blocks.blocks:
-            raise InvalidArgument(
-                f"This request needs {needed} cache blocks and the server has {self._blocks.blocks}; ask for fewer "
-                "tokens, or raise kv_bytes.",
-                field="sampling.max_tokens",
-            )
+            raise self._too_many_blocks("This request needs", needed, [request])
 
     def _row(self, request: Request, now: float) -> Row:
         request.id = next(self._ids)
@@ -272,7 +294,11 @@ class Engine:
         if any(row.request.id not in self._rows for row in group.rows):
             return  # over already: cancelled, or its deadline passed
         if error is None:
-            error = self._unfit(group)
+            try:
+                error = self._unfit(group)
+            except Exception as mistake:
+                log.exception("rows could not be made ready")
+                error = EngineFault(f"The rows could not be made ready: {mistake!r}")
         if error is not None:
             self._loop.fail_group(group, error)
             return
@@ -298,10 +324,8 @@ class Engine:
             return unfit
         blocks = sum(blocks_for(row.most_tokens) + blocks_for(len(row.source)) for row in group.rows)
         if self._model.causal and blocks > self._blocks.blocks:
-            return InvalidArgument(
-                f"{len(group.rows)} rows that run together need {blocks} cache blocks and the server has "
-                f"{self._blocks.blocks}; ask for fewer tokens, or raise kv_bytes.",
-                field="sampling.max_tokens",
+            return self._too_many_blocks(
+                f"{len(group.rows)} rows that run together need", blocks, [row.request for row in group.rows]
             )
         residents = {r.key: r for row in group.rows for r in row.residents}
         needed = sum(map(self._device.size, residents.values()))
@@ -313,9 +337,34 @@ class Engine:
             )
         return None
 
+    def _too_many_blocks(self, who: str, needed: int, requests: Sequence[Request]) -> InvalidArgument:
+        """The refusal of what the cache could never hold: generated tokens can be fewer, texts must be shorter."""
+        generates = any(self.new_tokens(request) > 1 for request in requests)
+        return InvalidArgument(
+            f"{who} {needed} cache blocks and the server has {self._blocks.blocks}; "
+            f"{'ask for fewer tokens' if generates else 'send less text'}, or raise kv_bytes.",
+            field="sampling.max_tokens" if generates else _text_field(requests[0]),
+        )
+
+    def _broken(self, fault: EngineFault) -> None:
+        """On the engine's thread, which ends: nobody is left waiting, and nobody new is taken."""
+        with self._lock:
+            self._fault, self._accepting = fault, False
+            tell = self._on_fault
+        log.critical("the engine cannot go on: %s", fault.message)
+        tell()
+        for row in list(self._rows.values()):
+            try:
+                row.request.listener(fault)
+                self._left(row)
+            except Exception:
+                log.exception("a row could not be ended")
+
     def _vacate(self, resident: Resident) -> None:
         self._device.vacate(resident)
         self._heads.drop(resident)
+        self._loop.forget()
+        self.adapters.memory.emptied(resident)
 
     def _left(self, row: Row) -> None:
         """A row is over: let go of its adapters and its place."""
@@ -325,6 +374,10 @@ class Engine:
         residents, row.residents = row.residents, ()  # who keeps the row for a while keeps no weights with it
         for resident in residents:
             self.adapters.memory.release(resident)
+
+
+def _text_field(request: Request) -> str:
+    return "input" if isinstance(request.task, GenerateTask) else "texts"
 
 
 def end_token_ids(base: Any) -> set[int]:

@@ -54,8 +54,16 @@ def _put_before(row: Row, form: ServingForm, shapes: Sequence[LayerShape]) -> No
     if virtual is None:
         return
     if isinstance(virtual, Prompt):
+        if row.source:  # the encoder's, as the text is
+            row.source_prompt, row.source = virtual, (0,) * virtual.count + row.source
+            return
         row.prompt = virtual
     else:
+        if row.encoded_only:
+            raise UnsupportedMethod(
+                f"{form.manifest.peft_type} puts its prefix into the decoder of this encoder-decoder, which this "
+                "request does not use: it would be answered by the base alone. Such an adapter can only generate."
+            )
         _check_prefix(virtual, shapes)
         row.prefix = virtual
     row.tokens[:0] = [0] * virtual.count
@@ -74,6 +82,9 @@ def _check_prefix(prefix: Prefix, shapes: Sequence[LayerShape]) -> None:
 def _leave_room(row: Row, limit: int) -> None:
     """Virtual tokens count. Who asked for no number of new tokens gets what is left."""
     task, virtual = row.request.task, row.virtual_tokens
+    if row.source:
+        _leave_room_apart(row, limit)
+        return
     if not virtual:
         return
     left = limit - len(row.tokens)
@@ -88,6 +99,28 @@ def _leave_room(row: Row, limit: int) -> None:
         raise InvalidArgument(
             f"The prompt has {row.prompt_tokens} tokens and {max(row.max_new_tokens, 1)} more are asked for, {behind}",
             field="sampling.max_tokens" if left > 0 else "input",
+        )
+
+
+def _leave_room_apart(row: Row, limit: int) -> None:
+    """The same for an encoder-decoder: the text has a context, in which a prompt stands, and the answer has another, in
+    which a prefix stands."""
+    if row.source_prompt is not None and len(row.source) > limit:
+        raise InvalidArgument(
+            f"The text has {row.prompt_tokens} tokens behind the adapter's {row.source_prompt.count} virtual tokens; "
+            f"this base takes {limit} in all.",
+            field="input",
+        )
+    task, left = row.request.task, limit - row.placed
+    if not row.placed or not isinstance(task, GenerateTask):
+        return
+    if task.sampling.max_tokens is None:
+        row.max_new_tokens = min(row.max_new_tokens, left)
+    if left < max(row.max_new_tokens, 1):
+        raise InvalidArgument(
+            f"{max(row.max_new_tokens, 1)} tokens are asked for behind the adapter's {row.placed} virtual tokens; the "
+            f"answers of this base have {limit} in all.",
+            field="sampling.max_tokens",
         )
 
 

@@ -10,7 +10,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -38,8 +40,8 @@ log = logging.getLogger(__name__)
 
 
 class Loop:
-    """Owns the scheduler and the runner. On this thread, `left` is called once for each row that is over, and `stuck`
-    when rows wait and none can run."""
+    """Owns the scheduler and the runner. On this thread, `left` is called once for each row that is over, `stuck` when
+    rows wait and none can run, and `broken` when the loop cannot go on, as the last thing."""
 
     def __init__(
         self,
@@ -48,11 +50,13 @@ class Loop:
         *,
         left: Callable[[Row], None],
         stuck: Callable[[], None],
+        broken: Callable[[EngineFault], None],
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
         self._left = left
         self._stuck = stuck
+        self._broken = broken
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -69,6 +73,10 @@ class Loop:
             self._inbox.append(work)
             self._wake.notify()
 
+    def forget(self) -> None:
+        """On the engine's thread: what steps to come could have used of an adapter that leaves is let go."""
+        self._runner.forget()
+
     def stop(self) -> None:
         """Ends the thread after the step under way; rows that are left get Cancelled."""
         with self._wake:
@@ -78,18 +86,38 @@ class Loop:
             self._thread.join()
 
     def _main(self) -> None:
-        while True:
-            self._take_inbox()
-            if self._stopping:
-                break
-            self._reap(time.monotonic())
-            if not self._step():
-                self._sleep()
-        stopped = Cancelled("The server is stopping.")
-        for row in list(self.scheduler.running):
-            self._end(row, stopped)
-        for group in list(self.scheduler.waiting_groups()):
-            self.fail_group(group, stopped)
+        while not self._stopping:
+            try:
+                self._turn()
+            except Exception as error:
+                log.exception("between two steps something failed")
+                fault = _fault("Between two steps something failed", error)
+                if not self._end_all(fault):
+                    self._broken(fault)
+                    return
+        self._end_all(Cancelled("The server is stopping."))
+
+    def _turn(self) -> None:
+        """What was left in the inbox, then a step; sleeps if there is none to be done."""
+        self._take_inbox()
+        if self._stopping:
+            return
+        self._reap(time.monotonic())
+        if not self._step():
+            self._sleep()
+
+    def _end_all(self, error: AdapterbayError) -> bool:
+        """Answers every row with an error. False when not everything that rows held came back: who would go on then
+        might give a block to two rows."""
+        for end in (
+            *(partial(self._end, row, error) for row in self.scheduler.running),
+            *(partial(self.fail_group, group, error) for group in self.scheduler.waiting_groups()),
+        ):
+            try:
+                end()
+            except Exception:
+                log.exception("a row could not be ended")
+        return self.scheduler.empty
 
     def _take_inbox(self) -> None:
         while self._inbox:
@@ -143,6 +171,9 @@ class Loop:
     def _step(self) -> bool:
         """Schedule, run, postprocess. False when there was nothing to do."""
         shares = self.scheduler.schedule()
+        for group, why in self.scheduler.take_unseated():
+            log.error("adapters could not be placed", exc_info=why)
+            self.fail_group(group, _fault("An adapter could not be placed", why))
         if not shares:
             return False
         now = time.monotonic()
@@ -151,14 +182,14 @@ class Loop:
                 share.row.started_at = now
         try:
             result = self._runner.run(shares)
+            self.steps += 1
+            self._postprocess(result)
         except Exception as error:
             log.exception("a step failed")
-            fault = EngineFault(f"A step of {len(shares)} rows failed: {error!r}")
+            fault = _fault(f"A step of {len(shares)} rows failed", error)
             for share in shares:
-                self._end(share.row, fault)
-            return True
-        self.steps += 1
-        self._postprocess(result)
+                if share.row.phase is not Phase.DONE:
+                    self._end(share.row, fault)
         return True
 
     def _postprocess(self, result: StepResult) -> None:
@@ -177,15 +208,12 @@ class Loop:
         outputs: list[Generating] = [row.output for row in rows]
         drawn = draw(logits, [output.sampling for output in outputs], [output.generator for output in outputs])
         for row, output, token in zip(rows, outputs, drawn, strict=True):
-            try:
+            with self._alone(row):
                 delta = output.push(token)
-            except AdapterbayError as error:
-                self._end(row, error)
-                continue
-            row.tokens.append(token.token_id)
-            self._tell(row, delta)
-            if output.finish is not None:
-                self._end(row, _generated(row, output, now))
+                row.tokens.append(token.token_id)
+                self._tell(row, delta)
+                if output.finish is not None:
+                    self._end(row, _generated(row, output, now))
 
     def _take_states(self, result: StepResult, now: float) -> None:
         labelled: list[tuple[Row, int, torch.Tensor]] = []  # row, its first token here, states [count, hidden]
@@ -203,16 +231,19 @@ class Loop:
             if isinstance(row.request.task, ClassifyTokensTask):
                 labelled.append((row, start, states))
                 continue
-            pooler: StatePooler = row.output
-            pooler.push(states, start)
-            if not row.left:
-                if isinstance(row.request.task, ClassifyTask):
-                    labelled.append((row, start, pooler.value()[None]))
-                else:
-                    embedded.append((row, pooler.value()))
+            with self._alone(row):
+                pooler: StatePooler = row.output
+                pooler.push(states, start)
+                if not row.left:
+                    if isinstance(row.request.task, ClassifyTask):
+                        labelled.append((row, start, pooler.value()[None]))
+                    else:
+                        embedded.append((row, pooler.value()))
         self._take_labels(labelled, now)
         for row, state in embedded:
-            self._end(row, _embedded(row, state, now))
+            with self._alone(row):
+                require_finite(state, row.request.arm, "values")
+                self._end(row, _embedded(row, state, now))
 
     def _take_labels(self, labelled: list[tuple[Row, int, torch.Tensor]], now: float) -> None:
         """Labels texts and tokens; rows that share a head, in one product."""
@@ -224,18 +255,28 @@ class Loop:
                 labelled[at] = (*labelled[at][:2], state.reshape(1, -1))
         logits = label([(row.head, states) for row, _, states in labelled])
         for (row, start, _), own in zip(labelled, logits, strict=True):
-            try:
+            with self._alone(row):
                 require_finite(own, row.request.arm)
-            except AdapterbayError as error:
-                self._end(row, error)
-                continue
-            if isinstance(row.request.task, ClassifyTask):
-                self._end(row, _labelled(row, own[0], now))
-                continue
-            tokens: TokenLabels = row.output
-            tokens.push(own, start)
-            if not row.left:
-                self._end(row, _labelled_tokens(row, tokens.value(), now))
+                if isinstance(row.request.task, ClassifyTask):
+                    self._end(row, _labelled(row, own[0], now))
+                    continue
+                tokens: TokenLabels = row.output
+                tokens.push(own, start)
+                if not row.left:
+                    self._end(row, _labelled_tokens(row, tokens.value(), now))
+
+    @contextmanager
+    def _alone(self, row: Row) -> Iterator[None]:
+        """What goes wrong in here ends this row and no other."""
+        try:
+            yield
+        except AdapterbayError as error:
+            self._end(row, error)
+        except Exception as error:
+            if row.phase is Phase.DONE:
+                raise
+            log.exception("the result of a row could not be taken")
+            self._end(row, _fault("The result of this row could not be taken", error))
 
     def _end(self, row: Row, event: Event) -> None:
         """Ends a row that has begun. Its place is free before its caller hears, who may submit the next one at once."""
@@ -248,6 +289,11 @@ class Loop:
             row.request.listener(event)
         except Exception:
             log.exception("a listener failed")
+
+
+def _fault(what: str, error: Exception) -> EngineFault:
+    """Our own mistake, told to whoever asked. It does not keep the error, whose frames hold tensors; the log has it."""
+    return EngineFault(f"{what}: {error!r}")
 
 
 def _over(row: Row, now: float) -> AdapterbayError | None:

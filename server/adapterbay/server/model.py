@@ -11,13 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterbay.base.load import LoadedBase, load_base, position_offset
+from adapterbay.base.load import (
+    LoadedBase,
+    Quantization,
+    by_kernels,
+    load_base,
+    pick_device,
+    pick_dtype,
+    pick_quantization,
+    position_offset,
+)
 from adapterbay.registry.errors import UnsupportedMethod
 from adapterbay.server import attention
 from adapterbay.server.adapters.forms import LM_HEAD
 from adapterbay.server.attention import AttentionPlan
 from adapterbay.server.config import ServerConfig
 from adapterbay.server.fast.path import FastPath
+from adapterbay.server.fewer_bits import check_kernels, quantize, quantize_head
 from adapterbay.server.kernels.loader import OFF, Compile, Kernels
 from adapterbay.server.kernels.loader import load as load_kernels
 from adapterbay.server.kv import LayerShape
@@ -49,32 +59,43 @@ class ServingModel:
 
     @classmethod
     def load(cls, config: ServerConfig) -> ServingModel:
-        """Loads, wraps and probes. Raises UnsupportedMethod for a base that this cannot serve exactly."""
+        """Loads, wraps and probes. Raises UnsupportedMethod for a base that this cannot serve exactly, and what
+        `check_kernels` raises."""
         attention.register()
+        device = pick_device(config.device)
+        quantization = pick_quantization(config.quantize, device)
+        own = quantization if by_kernels(quantization, device) else None
+        if own is not None:
+            check_kernels(own, pick_dtype(config.dtype, device), config.compile)
         base = load_base(
             config.base,
-            quantize=config.quantize,
+            quantize="none" if own else quantization,
             dtype=config.dtype,
             device=config.device,
             max_length=config.max_length,
             attention=attention.NAME,
         )
-        model = cls.prepare(base)
+        model = cls.prepare(base, own)
         model.accelerate(config.compile)
         return model
 
     @classmethod
-    def prepare(cls, base: LoadedBase) -> ServingModel:
-        """Makes a loaded base ready. Its attention implementation must be `attention.NAME`."""
+    def prepare(cls, base: LoadedBase, own: Quantization | None = None) -> ServingModel:
+        """Makes a loaded base ready. Its attention implementation must be `attention.NAME`. `own`: how the kernels are
+        to hold it, if they are."""
         _refuse_unstable_rope(base.model.config)
         backbone = base.backbone
         packs = base.info.quantization == "none" and can_pack(
             getattr(torch, base.info.dtype), torch.device(base.info.device)
         )
         wrap = Seq2Seq.wrap if base.info.kind == "encoder-decoder" else Sites.wrap
-        sites = wrap(backbone, getattr(torch, base.info.dtype), torch.device(base.info.device), packs=packs)
+        sites = wrap(backbone, getattr(torch, base.info.dtype), torch.device(base.info.device), packs=packs and not own)
+        if own is not None:
+            quantize(base, sites, own)
         if base.info.kind != "encoder":
             wrap_head(base, sites, packs=packs)
+            if own is not None:
+                quantize_head(base, sites.linears[LM_HEAD])
         pooler = None
         if base.info.kind == "encoder" and getattr(backbone, "pooler", None) is not None:
             pooler = backbone.get_submodule("pooler") if base.has_pooler else None
@@ -195,7 +216,7 @@ class ServingModel:
             yield
         finally:
             step_context.mix, attention.current.plan = None, None
-            step_context.kept = step_context.prompts = None
+            step_context.kept = step_context.prompts = step_context.behind = None
 
 
 def _refuse_unstable_rope(config: Any) -> None:

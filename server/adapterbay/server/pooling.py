@@ -54,9 +54,9 @@ class Heads:
                 del self._known[next(iter(self._known))]
         self._known[key] = head
         if isinstance(task, ClassifyTask) and head.pooling is HeadPooling.EVERY:
-            raise TaskMismatch("This head labels tokens, not texts; call ClassifyTokens.")
+            raise TaskMismatch("This head labels tokens, not texts; call ClassifyTokens (predict --tokens).")
         if isinstance(task, ClassifyTokensTask) and head.pooling is not HeadPooling.EVERY:
-            raise TaskMismatch("This head labels texts, not tokens; call Classify.")
+            raise TaskMismatch("This head labels texts, not tokens; call Classify (predict without --tokens).")
         if head.pooling is HeadPooling.POOLER and not self._pooler:
             raise TaskMismatch("This head needs a pooler, and the base's checkpoint has none.")
         return head
@@ -86,10 +86,10 @@ def label(pairs: Sequence[tuple[Head, Tensor]]) -> list[Tensor]:
     return logits
 
 
-def require_finite(logits: Tensor, arm: ArmSpec) -> None:
-    """Raises Rejected (NOT_FINITE) for a row of `arm` whose logits are not numbers."""
-    if not logits.isfinite().all():
-        raise not_finite(arm)
+def require_finite(result: Tensor, arm: ArmSpec, what: str = "logits") -> None:
+    """Raises Rejected (NOT_FINITE) for a row of `arm` whose logits, or whatever it is, are not numbers."""
+    if not result.isfinite().all():
+        raise not_finite(arm, what)
 
 
 class StatePooler:

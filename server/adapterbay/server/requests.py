@@ -75,11 +75,11 @@ class ArmSpec:
         return (1.0,) if self.fusion is not None else tuple(part.weight for part in self.parts)
 
 
-def not_finite(arm: ArmSpec) -> Rejected:
-    """The error for a row whose logits are NaN or Inf; it names what computed them."""
+def not_finite(arm: ArmSpec, what: str = "logits") -> Rejected:
+    """The error for a row whose logits, or `what`, are NaN or Inf; it names what computed them."""
     who = " + ".join(f"{part.name}@{part.version}" for part in arm.parts) or "the base"
     return Rejected(
-        f"The logits of this row are not finite: {who} overflows on this text. Other rows are unharmed.",
+        f"The {what} of this row are not finite: {who} overflows on this text. Other rows are unharmed.",
         reason="NOT_FINITE",
     )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from adapterbay.server.adapters.forms import Prompt
 from adapterbay.server.attention import AttentionPlan, Segment
 from adapterbay.server.batch import Phase, Row, Share
 from adapterbay.server.blocks import BLOCK_TOKENS, blocks_for
@@ -20,6 +21,8 @@ from adapterbay.server.model import ServingModel
 from adapterbay.server.weights import Weight
 
 Parts = tuple[tuple[str, Weight], ...]
+Stretch = tuple[Share, int, int]
+"""A share and which of the step's tokens are its own, [start, stop)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +61,30 @@ class Runner:
         drawing = tuple(share.row for share in order if share.row.generates and share.finishes_prompt)
         device = self._model.device
         logits_at = None
+        stretches = _stretches_of(order)
         if drawing:
-            ends = {share.row: end for share, (_, end) in zip(order, _bounds(order), strict=True)}
+            ends = {share.row: end for share, _, end in stretches}
             logits_at = torch.tensor([ends[row] - 1 for row in drawing], device=device)
         pooled = [share for share in order if share.row.pools]
-        with torch.inference_mode(), self._virtual(order):
+        with torch.inference_mode(), self._virtual(stretches):
             hidden, logits = self._model.forward(
                 torch.tensor(ids, device=device),
                 torch.tensor(positions, device=device),
-                self._mix_of([stretch for share in order for stretch in _stretches(share)]),
-                self._attention(order),
+                self._mix_of([run for share in order for run in _runs(share)]),
+                self._attention(stretches),
                 logits_at=logits_at,
                 want_hidden=bool(pooled),
             )
         if pooled:
             assert hidden is not None
-            states |= {
-                share.row: hidden[start:stop]
-                for share, (start, stop) in zip(order, _bounds(order), strict=True)
-                if share.row.pools
-            }
+            states |= {share.row: hidden[start:stop] for share, start, stop in stretches if share.row.pools}
         return StepResult(tuple(computed), logits, drawing, states)
+
+    def forget(self) -> None:
+        """Lets go of what is kept between steps: it refers to what is resident."""
+        self._mix, self._mix_key = None, ()
+        if self._model.fast is not None:
+            self._model.fast.forget()
 
     def pool_first(self, rows: Sequence[Row], first: Tensor) -> Tensor:
         """The base's pooler over rows' first states [rows, hidden], each under its own adapters."""
@@ -91,7 +97,7 @@ class Runner:
         with that; for the others, what their decoder will look at goes to the cache."""
         if self._model.seq2seq is None:
             return {}
-        begun = [share.row for share in order if share.row.source and not share.start]
+        begun = [share.row for share in order if share.begins]
         texts = [(row, row.source) for row in begun]
         texts += [(share.row, tuple(share.row.tokens)) for share in order if share.row.encoded_only]
         if not texts:
@@ -102,7 +108,11 @@ class Runner:
         ids = torch.tensor([token for _, text in texts for token in text], device=device)
         mix = self._new_mix([(len(text), _parts(row)) for row, text in texts])
         with torch.inference_mode():
-            encoded = self._model.seq2seq.encode(ids, mix, AttentionPlan(causal=False, segments=segments))
+            virtual = self._virtual_tokens(
+                (segment.start, row.source_prompt or row.prompt, 0, len(text))
+                for (row, text), segment in zip(texts, segments, strict=True)
+            )
+            encoded = self._model.seq2seq.encode(ids, mix, AttentionPlan(causal=False, segments=segments), virtual)
             if begun:
                 slots = torch.tensor([slot for row in begun for slot in _source_slots(row)], device=device)
                 mix = self._new_mix([(len(row.source), _parts(row)) for row in begun])
@@ -113,13 +123,13 @@ class Runner:
             if row.encoded_only
         }
 
-    def _sources(self, order: Sequence[Share]) -> AttentionPlan:
+    def _sources(self, stretches: Sequence[Stretch]) -> AttentionPlan:
         """What an encoder-decoder's decoder looks at beside its own tokens: each row at all of its text."""
         device = self._model.device
-        decoding = [share.row for share in order if share.row.phase is Phase.DECODE]
+        decoding = [share.row for share, _, _ in stretches if share.row.phase is Phase.DECODE]
         segments = tuple(
             Segment(start, stop, torch.tensor(_source_slots(share.row), device=device))
-            for share, (start, stop) in zip(order, _bounds(order), strict=True)
+            for share, start, stop in stretches
             if share.row.phase is not Phase.DECODE
         )
         plan = AttentionPlan(causal=False, decode_rows=len(decoding), segments=segments, pool=self._blocks)
@@ -141,24 +151,29 @@ class Runner:
             row.prefix_due = None
 
     @contextmanager
-    def _virtual(self, order: Sequence[Share]) -> Iterator[None]:
+    def _virtual(self, stretches: Sequence[Stretch]) -> Iterator[None]:
         """A context in which the input embedding gives virtual tokens what their adapters say."""
-        indices: list[int] = []
-        embeddings: list[Tensor] = []
-        for share, (start, _) in zip(order, _bounds(order), strict=True):
-            prompt = share.row.prompt
-            if prompt is not None and share.start < prompt.count:
-                part = prompt.embeddings[share.start : share.start + share.count]
-                indices.extend(range(start, start + len(part)))
-                embeddings.append(part)
-        if embeddings:
-            device = self._model.device
-            together = torch.cat(embeddings).to(device, self._model.dtype)
-            step_context.virtual = (torch.tensor(indices, device=device), together)
+        step_context.virtual = self._virtual_tokens(
+            (start, share.row.prompt, share.start, share.count) for share, start, _ in stretches
+        )
         try:
             yield
         finally:
             step_context.virtual = None
+
+    def _virtual_tokens(self, stretches: Iterable[tuple[int, Prompt | None, int, int]]) -> tuple[Tensor, Tensor] | None:
+        """What `StepContext.virtual` says, of (where in the step, a row's prompt, from which position, how many)."""
+        indices: list[int] = []
+        embeddings: list[Tensor] = []
+        for at, prompt, start, count in stretches:
+            if prompt is not None and start < prompt.count:
+                part = prompt.embeddings[start : start + count]
+                indices.extend(range(at, at + len(part)))
+                embeddings.append(part)
+        if not embeddings:
+            return None
+        device = self._model.device
+        return torch.tensor(indices, device=device), torch.cat(embeddings).to(device, self._model.dtype)
 
     def _mix_of(self, counts: list[tuple[int, Parts]]) -> AdapterMix | None:
         """Which token uses what. A mix stays valid while rows, order and counts do; plans look at pool layouts."""
@@ -176,21 +191,20 @@ class Runner:
             elif parts:
                 runs.append(Run(at, at + count, parts))
             at += count
-        return AdapterMix(at, runs, self._model.dtype, self._model.device) if runs else None
+        if not runs:
+            return None
+        return AdapterMix(at, runs, self._model.dtype, self._model.device, kernels=self._model.kernels.loaded)
 
-    def _attention(self, order: Sequence[Share]) -> AttentionPlan:
+    def _attention(self, stretches: Sequence[Stretch]) -> AttentionPlan:
         if not self._model.causal:
-            segments = tuple(
-                Segment(start, stop, None, share.row.prefix)
-                for share, (start, stop) in zip(order, _bounds(order), strict=True)
-            )
+            segments = tuple(Segment(start, stop, None, share.row.prefix) for share, start, stop in stretches)
             return AttentionPlan(causal=False, segments=segments)
         device = self._model.device
-        decoding = [share for share in order if share.row.phase is Phase.DECODE]
+        decoding = [share for share, _, _ in stretches if share.row.phase is Phase.DECODE]
         tokens: list[int] = []
         slots: list[int] = []
         segments_list: list[Segment] = []
-        for share, (start, stop) in zip(order, _bounds(order), strict=True):
+        for share, start, stop in stretches:
             row = share.row
             if row.blocks:
                 tokens.extend(range(start, stop))
@@ -205,7 +219,7 @@ class Runner:
         plan = AttentionPlan(causal=True, decode_rows=len(decoding), segments=tuple(segments_list), pool=self._blocks)
         if slots:
             plan.write_slots = torch.tensor(slots, device=device)
-            if len(tokens) != sum(share.count for share in order):
+            if len(tokens) != stretches[-1][2]:
                 plan.write_tokens = torch.tensor(tokens, device=device)
         if decoding:
             lengths = [share.start + 1 for share in decoding]
@@ -214,7 +228,7 @@ class Runner:
             plan.lengths = torch.tensor(lengths, device=device)
             plan.block_table = torch.tensor(table, device=device)
         if self._model.seq2seq is not None:
-            plan.sources = self._sources(order)
+            plan.sources = self._sources(stretches)
         return plan
 
 
@@ -223,11 +237,11 @@ def _parts(row: Row) -> Parts:
     return tuple((resident.key, weight) for resident, (_, weight) in zip(row.residents, applied, strict=True))
 
 
-def _stretches(share: Share) -> list[tuple[int, Parts]]:
+def _runs(share: Share) -> list[tuple[int, Parts]]:
     """How many of the share's tokens are computed with what, in order. Before its activation a row is the base."""
     before = min(max(share.row.active_from - share.start, 0), share.count)
-    stretches: list[tuple[int, Parts]] = [(before, ()), (share.count - before, _parts(share.row))]
-    return [(count, parts) for count, parts in stretches if count]
+    runs: list[tuple[int, Parts]] = [(before, ()), (share.count - before, _parts(share.row))]
+    return [(count, parts) for count, parts in runs if count]
 
 
 def _slot(row: Row, position: int) -> int:
@@ -239,10 +253,10 @@ def _source_slots(row: Row) -> list[int]:
     return [row.source_blocks[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS for at in range(len(row.source))]
 
 
-def _bounds(order: Sequence[Share]) -> list[tuple[int, int]]:
+def _stretches_of(order: Sequence[Share]) -> list[Stretch]:
     """Where each share's tokens lie in the step."""
-    bounds, at = [], 0
+    stretches, at = [], 0
     for share in order:
-        bounds.append((at, at + share.count))
+        stretches.append((share, at, at + share.count))
         at += share.count
-    return bounds
+    return stretches

@@ -14,6 +14,7 @@ A row whose next block is being computed by a running row waits until it is ther
 
 from __future__ import annotations
 
+import enum
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -26,11 +27,24 @@ KEPT_TOKENS = 64
 shorter ones is less than what they push out of the cache."""
 
 
+class Seat(enum.Enum):
+    """Whether a group's adapters are on the device."""
+
+    TAKEN = "taken"
+    FULL = "full"  # there is no room now
+    LATER = "later"  # they have their room, and not all of them fitted into what one step places
+
+
 class Slots(Protocol):
     """What the scheduler needs of the adapters' device memory."""
 
-    def seat(self, group: Group) -> bool:
-        """Places every adapter of the group on the device and holds it there; False when there is no room now."""
+    def renew(self) -> None:
+        """A step begins, in which so much may be placed again."""
+        ...
+
+    def seat(self, group: Group, *, alone: bool) -> Seat:
+        """Places every adapter of the group on the device and holds it there. Part by part over several steps if need
+        be, unless the group is `alone`: then nobody waits for the copying."""
         ...
 
     def leave(self, row: Row) -> None:
@@ -51,10 +65,17 @@ class Scheduler:
         self._serial = 0
         self._group_of: dict[Row, Group] = {}
         self._under_way: dict[bytes, Row] = {}  # names of blocks that a running row will have computed
+        self._unseated: list[tuple[Group, Exception]] = []
         self.running: list[Row] = []
         self.preemptions = 0  # rows
         self.reusable_tokens = 0  # tokens of rows that looked for blocks of others
         self.reused_tokens = 0  # tokens that they found
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody waits or runs and every block is back."""
+        known = self.running or self._queues or self._group_of or self._under_way
+        return not known and self._blocks.free_blocks == self._blocks.blocks
 
     @property
     def waiting_rows(self) -> int:
@@ -106,8 +127,14 @@ class Scheduler:
             self._under_way.pop(name, None)
         row.named = full
 
+    def take_unseated(self) -> list[tuple[Group, Exception]]:
+        """Groups whose adapters could not be placed, and why. They still wait, and do not try again."""
+        unseated, self._unseated = self._unseated, []
+        return unseated
+
     def schedule(self) -> list[Share]:
         """The next step, decoding rows first; empty when nothing can run."""
+        self._slots.renew()
         grown = [row for row in list(self.running) if row.phase is Phase.DECODE and self._grow(row)]
         # A row that gave way to its own group's next one is in `grown` and does not run.
         shares = [Share(row, row.computed, 1) for row in grown if row.phase is Phase.DECODE]
@@ -155,6 +182,7 @@ class Scheduler:
         """Starts the first group in turn, with its blocks and slots taken; None when none can start."""
         if len(self.running) >= self._max_rows:
             return None
+        later = 0
         for key, queue in list(self._queues.items()):
             group = next((g for g in queue if g.ready and not self._must_wait(g)), None)
             if group is None:
@@ -162,8 +190,16 @@ class Scheduler:
             found = [self._blocks.find(self._reusable(row)) for row in group.rows]
             shares = self._split(group, found, budget, busy)
             # Whoever is in turn waits for room; letting smaller ones pass would starve it.
-            if shares is None or not self._fits(shares, found) or not self._slots.seat(group):
+            if shares is None or not self._fits(shares, found):
                 return None
+            seat = self._seat(group, busy)
+            if seat is Seat.FULL:
+                return None
+            if seat is not Seat.TAKEN:  # the others need not wait for the copying; its room and its turn are kept
+                later += 1
+                if later == self._max_rows:
+                    return None
+                continue
             queue.remove(group)
             if queue:
                 self._queues.move_to_end(key)
@@ -172,6 +208,15 @@ class Scheduler:
             self._start(group, shares, found)
             return shares
         return None
+
+    def _seat(self, group: Group, busy: bool) -> Seat | None:
+        """None when its adapters cannot be placed at all, which harms nobody else."""
+        try:
+            return self._slots.seat(group, alone=not (busy or self.running))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the group's callers hear of it
+            group.ready = False
+            self._unseated.append((group, error))
+            return None
 
     def _reusable(self, row: Row) -> list[bytes]:
         """The names of the blocks that a row could take from others: at least its last token it computes itself."""
@@ -244,7 +289,7 @@ class Scheduler:
         """Whether a row keeps keys and values. One whose whole work is one step does for others' sake only."""
         row = share.row
         if row.source:
-            return row.max_new_tokens > 1
+            return row.max_new_tokens > 1 or row.placed > 0
         if not self._chunked:
             return False
         if row.max_new_tokens > 1 or share.start or not share.finishes_prompt:

@@ -76,9 +76,12 @@ class Seq2Seq:
         model.set_input_embeddings(model.shared)
         return sites
 
-    def encode(self, ids: Tensor, mix: AdapterMix | None, plan: AttentionPlan) -> Tensor:
-        """The encoder's states [tokens, hidden] of texts."""
+    def encode(
+        self, ids: Tensor, mix: AdapterMix | None, plan: AttentionPlan, virtual: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """The encoder's states [tokens, hidden] of texts. `virtual`: see `StepContext`."""
         with _step(mix, plan):
+            step_context.virtual = virtual
             states: Tensor = self._encoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         return states
 
@@ -116,6 +119,7 @@ def _step(mix: AdapterMix | None, plan: AttentionPlan | None) -> Iterator[None]:
         yield
     finally:
         step_context.mix, step_context.kept, attention.current.plan = None, None, None
+        step_context.virtual = None
 
 
 def _start_token(base: LoadedBase) -> int:

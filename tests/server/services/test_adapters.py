@@ -97,6 +97,7 @@ def test_load_pin_unload(adapters: Stub, served: Served) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         adapters.UnloadAdapter(pb.UnloadAdapterRequest(adapter="songs"))
     assert Failure(caught.value).code is grpc.StatusCode.INVALID_ARGUMENT
+    assert Failure(caught.value).message == f"songs@1 ({pinned.digest}) is pinned; unpin it before unloading."
     assert not adapters.PinAdapter(pb.PinAdapterRequest(adapter="songs", pinned=False)).adapter.pinned
 
     freed = adapters.UnloadAdapter(pb.UnloadAdapterRequest(adapter="songs"))

@@ -77,6 +77,28 @@ async def test_before_the_base_is_loaded_calls_are_refused_not_unknown(zoo: Zoo)
         await server.close()
 
 
+def test_a_server_whose_engine_cannot_go_on_says_so(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits hears of it, who comes is refused, and whoever watches its health may restart it."""
+    with Served(zoo) as served, grpc.insecure_channel(served.address) as channel:
+        scheduler = served.engine._loop.scheduler
+
+        def lose() -> None:
+            scheduler._blocks.take(1)
+            raise ZeroDivisionError("turns")
+
+        monkeypatch.setattr(scheduler, "schedule", lose)
+        inference = inference_pb2_grpc.InferenceServiceStub(channel)
+        seen = []
+        for _ in range(2):
+            with pytest.raises(grpc.RpcError) as caught:
+                inference.Generate(pb.GenerateRequest(base=True, prompt="a"), timeout=30)
+            seen.append(Failure(caught.value).code)
+        assert seen == [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE]
+        until = time.monotonic() + 20
+        while any(check(channel, service) != NOT_SERVING for service in ("", *SERVICES)):
+            assert time.monotonic() < until
+
+
 def test_draining_refuses_new_calls_and_finishes_old_ones(zoo: Zoo) -> None:
     with Served(zoo) as served, grpc.insecure_channel(served.address) as channel:
         inference = inference_pb2_grpc.InferenceServiceStub(channel)
@@ -275,7 +297,7 @@ def test_settings_that_cannot_work_are_one_line_and_exit_2(zoo: Zoo, tmp_path: P
             "is in use": command(zoo, "--port", port),
             "no-such-base": command(zoo, "--port", "0", "--base", str(tmp_path / "no-such-base")),
             "quant": command(zoo, "--port", "0", "--quantize", "int3"),
-            "max_rows": command(zoo, "--port", "0", "--max-batch", "0"),
+            "--max-batch 0": command(zoo, "--port", "0", "--max-batch", "0"),
             "log level": command(zoo, "--port", "0", "--log-level", "loud"),
         }
         running = {

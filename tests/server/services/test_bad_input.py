@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -297,21 +298,26 @@ def test_an_adapter_of_another_base_gets_both_fingerprints(
         assert found.metadata["base_fingerprint"] == served.engine.base.fingerprint
         assert found.metadata["adapter_base_fingerprint"] == theirs
         assert theirs in found.message
+        assert found.message.startswith("foreign@1: ")
 
 
 TASKS = {
-    "no head": pb.ClassifyRequest(adapter="tales", texts=["a"]),
-    "the base has no head": pb.ClassifyRequest(base=True, texts=["a"]),
-    "labels differ": pb.ClassifyRequest(fusion=fused(("sentiment", 1), ("stars", 1)), texts=["a"]),
+    "no head": (pb.ClassifyRequest(adapter="tales", texts=["a"]), "tales@1: This adapter has no"),
+    "the base has no head": (pb.ClassifyRequest(base=True, texts=["a"]), "The base alone"),
+    "labels differ": (
+        pb.ClassifyRequest(fusion=fused(("sentiment", 1), ("stars", 1)), texts=["a"]),
+        "sentiment@1 + stars@1: The fused heads have different labels",
+    ),
 }
 
 
-@pytest.mark.parametrize("request_", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize(("request_", "words"), TASKS.values(), ids=TASKS)
 def test_a_task_that_an_adapter_cannot_do(
-    inference: inference_pb2_grpc.InferenceServiceStub, served: Served, request_: pb.ClassifyRequest
+    inference: inference_pb2_grpc.InferenceServiceStub, served: Served, request_: pb.ClassifyRequest, words: str
 ) -> None:
     found = failure(lambda: inference.Classify(request_))
     assert (found.code, found.reason) == (CODE.FAILED_PRECONDITION, "TASK_MISMATCH")
+    assert found.message.startswith(words)
     served.idle()
 
 
@@ -331,6 +337,15 @@ def test_files_altered_on_disk_are_refused_and_the_others_unharmed(
     stored.write_bytes(content)
     found = failure(lambda: inference.Generate(pb.GenerateRequest(adapter="altered", prompt="a")))
     assert (found.code, found.reason) == (CODE.FAILED_PRECONDITION, "CORRUPTED")
+    assert found.message.startswith("altered@1: adapter_model.safetensors was altered in the registry")
+    for method, weights in ((types_pb2.FUSION_METHOD_UNSPECIFIED, 1), (types_pb2.FUSION_METHOD_SVD, 2)):
+        fusion = types_pb2.Fusion(
+            adapters=[types_pb2.WeightedAdapter(adapter=name, weight=weights) for name in ("songs", "altered")],
+            method=method,
+        )
+        found = failure(partial(inference.Generate, pb.GenerateRequest(fusion=fusion, prompt="a")))
+        assert found.reason == "CORRUPTED"
+        assert found.message.startswith("altered@1: "), "the one of the two that it is"
     assert inference.Generate(pb.GenerateRequest(adapter="songs", prompt="a", sampling=SAMPLING(max_tokens=1)))
     assert adapter_file.read_bytes() == original
     served.idle()

@@ -154,6 +154,13 @@ class MethodSettings(Section):
     layer_norm_before: bool = False
     adapter_dropout: Fraction = 0.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_section(cls, given: object) -> object:
+        if isinstance(given, str):
+            raise ValueError(f"is a section; write {{name: {given[:60]}}}")
+        return given
+
 
 class OptimizationSettings(Section):
     """The optimizer (AdamW), its schedule, and what a step is made of."""

@@ -11,6 +11,7 @@ from adapterbay.registry.admission.methods.fields import Field, Treatment
 from adapterbay.registry.admission.methods.lora import LORA_FIELDS, OLD_FIELDS
 from adapterbay.registry.admission.methods.settings import is_int, refuse
 from adapterbay.registry.errors import Rejected, UnsupportedMethod
+from adapterbay.registry.nearest import nearest_words
 
 __all__ = ["LORA_FIELDS", "OLD_FIELDS", "Treatment", "check_fields", "read_method"]
 
@@ -78,8 +79,11 @@ def _method(config: Mapping[str, Any]) -> Method:
         raise Rejected("adapter_config.json has no peft_type: it is not a PEFT adapter.", reason="BAD_CONFIG")
     method = METHODS.get(name)
     if method is None:
+        near = nearest_words(name[:60].upper(), METHODS)
+        meant = f" Did you mean {', '.join(near)}?" if near else ""
         raise UnsupportedMethod(
-            f"The PEFT method {name[:60]!r} is not served: this version does not know it.",
+            f"The PEFT method {name[:60]!r} is not served: this version does not know it.{meant} `adapterbay server "
+            "methods` lists those that it knows.",
             metadata={"peft_type": name[:60]},
         )
     if method.refused is not None:

@@ -76,15 +76,24 @@ def read_factor(file: BinaryIO, tensor: TensorInfo, what: str, *, rank_axis: int
     file.seek(tensor.begin)
     for row in range(0, tensor.shape[0], rows_at_once):
         rows = min(rows_at_once, tensor.shape[0] - row)
-        magnitudes = _magnitudes(file, tensor, layout, row * columns, rows * columns, what).reshape(rows, columns)
-        if magnitudes.size:
-            largest = max(largest, int(magnitudes.max()))
-        nonzero = magnitudes > layout.integer(layout.zero)
+        magnitudes, most, _ = _magnitudes(file, tensor, layout, row * columns, rows * columns, what)
+        largest = max(largest, most)
         if rank_axis == 0:
-            used[row : row + rows] = nonzero.any(axis=1)
-        else:
-            used |= nonzero.any(axis=0)
+            used[row : row + rows] = _nonzero_rows(magnitudes.reshape(rows, columns), layout)
+        elif not used.all():
+            used |= _nonzero_rows(magnitudes.reshape(rows, columns).T, layout)
     return Factor(used, _value(tensor.dtype, largest))
+
+
+def _nonzero_rows(magnitudes: Bits, layout: _Layout) -> npt.NDArray[np.bool_]:
+    """Which rows hold more than zero. A trained row does at its first value, so that the rest is seldom looked at."""
+    if not magnitudes.size:
+        return np.zeros(magnitudes.shape[0], dtype=np.bool_)
+    zero = layout.integer(layout.zero)
+    found: npt.NDArray[np.bool_] = magnitudes[:, 0] > zero
+    if not found.all():
+        found = np.any(magnitudes > zero, axis=1)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +112,10 @@ def read_values(file: BinaryIO, tensor: TensorInfo, what: str) -> Values:
     largest, smallest, negative = 0, one, False
     file.seek(tensor.begin)
     for begin in range(0, total, CHUNK_VALUES):
-        bits = _bits(file, tensor, layout, begin, min(CHUNK_VALUES, total - begin), what)
-        magnitudes = bits & layout.integer(layout.sign - 1)
-        largest = max(largest, int(magnitudes.max()))
+        magnitudes, most, bits = _magnitudes(file, tensor, layout, begin, min(CHUNK_VALUES, total - begin), what)
+        largest = max(largest, most)
         smallest = min(smallest, int(magnitudes.min()))
-        negative = negative or bool((bits & layout.integer(layout.sign)).any())
+        negative = negative or int(bits.max()) >= layout.sign
     return Values(
         largest=_value(tensor.dtype, largest),
         zero=largest <= layout.zero,
@@ -159,28 +167,26 @@ def check_finite(file: BinaryIO, tensor: TensorInfo, what: str) -> None:
         _magnitudes(file, tensor, layout, begin, min(CHUNK_VALUES, total - begin), what)
 
 
-def _magnitudes(file: BinaryIO, tensor: TensorInfo, layout: _Layout, begin: int, count: int, what: str) -> Bits:
-    magnitudes: Bits = _bits(file, tensor, layout, begin, count, what) & layout.integer(layout.sign - 1)
-    return magnitudes
-
-
-def _bits(file: BinaryIO, tensor: TensorInfo, layout: _Layout, begin: int, count: int, what: str) -> Bits:
-    """The bit patterns of the next `count` values, all of which can be computed with."""
-    width = np.dtype(layout.integer).itemsize
-    data = file.read(count * width)
-    if len(data) != count * width:
+def _magnitudes(
+    file: BinaryIO, tensor: TensorInfo, layout: _Layout, begin: int, count: int, what: str
+) -> tuple[Bits, int, Bits]:
+    """The magnitudes of the next `count` values, all of which can be computed with, the largest, and the bits."""
+    integer = np.dtype(layout.integer)
+    data = file.read(count * integer.itemsize)
+    if len(data) != count * integer.itemsize:
         raise Rejected(f"{what} ends inside the tensor {tensor.name[:200]}.", reason="TRUNCATED")
-    bits: Bits = np.frombuffer(data, dtype=np.dtype(layout.integer).newbyteorder("<"))
-    magnitudes = bits & layout.integer(layout.sign - 1)
-    wrong = magnitudes >= layout.integer(layout.infinite)
-    if wrong.any():
+    bits: Bits = np.frombuffer(data, dtype=integer.newbyteorder("<"))
+    magnitudes: Bits = bits & layout.integer(layout.sign - 1)
+    largest = int(magnitudes.max()) if count else 0
+    if largest >= layout.infinite:
+        first = begin + int(np.argmax(magnitudes >= layout.infinite))
         raise Rejected(
             f"{what} was refused: the tensor {tensor.name[:200]} holds NaN, infinity or a value too large for bfloat16 "
-            f"(the first at {begin + int(np.argmax(wrong))} of {math.prod(tensor.shape)}).",
+            f"(the first at {first} of {math.prod(tensor.shape)}).",
             reason="NOT_FINITE",
             metadata={"tensor": tensor.name[:200]},
         )
-    return bits
+    return magnitudes, largest, bits
 
 
 def _pattern(dtype: str, value: float) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from adapterbay.registry import durable
 from adapterbay.registry.admission.regular_file import open_regular
@@ -24,6 +24,7 @@ from adapterbay.registry.errors import Corrupted
 
 ABANDONED_SECONDS: Final = 24 * 3600
 """A staging folder of another machine, or of a process that cannot be asked, is dead after this time."""
+MEND: Final = "Push the same files again to repair it, or restore it from a copy."
 
 
 @dataclass(slots=True)
@@ -108,28 +109,43 @@ class BlobStore:
 
     def check(self, digest: str, size: int | None, what: str) -> Path:
         """The path of the blob after reading it whole. Raises Corrupted that names `what` and the digest."""
-        path = self.path(digest)
-        advice = "Push the same files again to repair it, or restore it from a copy."
-        metadata = {"digest": digest, "file": what}
+        with self._opened(digest, size, what) as file:
+            actual = digest_stream(file, None)
+        self._compare(actual, digest, what)
+        return self.path(digest)
+
+    def read(self, digest: str, size: int | None, what: str) -> bytes:
+        """The blob's bytes, checked as they were read, once. Raises as `check` does."""
+        with self._opened(digest, size, what) as file:
+            data = file.read()
+        self._compare(digest_bytes(data), digest, what)
+        return data
+
+    @contextmanager
+    def _opened(self, digest: str, size: int | None, what: str) -> Iterator[BinaryIO]:
+        """Turns what goes wrong while the blob is read into Corrupted."""
         try:
-            with path.open("rb") as file:
+            with self.path(digest).open("rb") as file:
                 actual_size = os.fstat(file.fileno()).st_size
                 if size is not None and actual_size != size:
                     raise Corrupted(
-                        f"{what} has {actual_size} bytes in the registry instead of {size} ({digest}). {advice}",
-                        metadata=metadata,
+                        f"{what} has {actual_size} bytes in the registry instead of {size} ({digest}). {MEND}",
+                        metadata={"digest": digest, "file": what},
                     )
-                actual = digest_stream(file, None)
+                yield file
         except OSError as error:
             raise Corrupted(
-                f"{what} cannot be read in the registry: {error.strerror} ({digest}). {advice}", metadata=metadata
+                f"{what} cannot be read in the registry: {error.strerror} ({digest}). {MEND}",
+                metadata={"digest": digest, "file": what},
             ) from error
+
+    @staticmethod
+    def _compare(actual: str, digest: str, what: str) -> None:
         if actual != digest:
             raise Corrupted(
-                f"{what} was altered in the registry: it is {actual} now instead of {digest}. {advice}",
-                metadata=metadata,
+                f"{what} was altered in the registry: it is {actual} now instead of {digest}. {MEND}",
+                metadata={"digest": digest, "file": what},
             )
-        return path
 
     @contextmanager
     def staging(self) -> Iterator[Staging]:

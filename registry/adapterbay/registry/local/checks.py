@@ -137,7 +137,7 @@ def backfill(blobs: BlobStore, db: sqlite3.Connection, done: int) -> None:
     if done < 2:
         for name, version, digest in db.execute("SELECT name, version, digest FROM versions").fetchall():
             try:
-                manifest = Manifest.from_bytes(blobs.check(digest, None, "The manifest").read_bytes())
+                manifest = Manifest.from_bytes(blobs.read(digest, None, "The manifest"))
             except (Corrupted, Rejected) as error:
                 _log.warning("The metrics of %s@%s are not known: %s", name, version, error)
                 continue

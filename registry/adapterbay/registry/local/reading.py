@@ -51,6 +51,10 @@ class Reader:
 
     def manifest(self, digest: str) -> Manifest:
         """The manifest with this digest, read and checked. Raises NotFound (also for a deleted one) or Corrupted."""
+        self._check_known(digest)
+        return Manifest.from_bytes(self.blobs.read(digest, None, "The manifest"))
+
+    def _check_known(self, digest: str) -> None:
         if not is_digest(digest):
             raise InvalidReference(f"{digest[:80]!r} is not a digest: sha256: and 64 hex digits.", field="digest")
         with self.index.read() as db:
@@ -59,7 +63,14 @@ class Reader:
                 if deleted:
                     raise unknown_version(db, *deleted[-1][:2])
                 raise NotFound(f"No version in the registry has the digest {digest}.")
-        return Manifest.from_bytes(self.blobs.check(digest, None, "The manifest").read_bytes())
+
+    def contents(self, manifest: Manifest) -> dict[str, bytes]:
+        """The files of a version, by path: each read into memory once, and checked as it was read.
+
+        Raises NotFound if the version was deleted since, or Corrupted naming file and digest.
+        """
+        self._check_known(manifest.digest)
+        return {entry.path: self.blobs.read(entry.digest, entry.size, entry.path) for entry in manifest.files}
 
     def open_snapshot(self, digest: str) -> Snapshot:
         """The files of a version, each read and checked now. Raises NotFound, or Corrupted naming file and digest."""
@@ -75,7 +86,7 @@ class Reader:
         """The bundle that signs the version with this digest, if there is one. Raises Corrupted."""
         with self.index.read() as db:
             found = queries.signature(db, digest)
-        return None if found is None else self.blobs.check(found, None, "The signature").read_bytes()
+        return None if found is None else self.blobs.read(found, None, "The signature")
 
     def pull(self, reference: str | Reference, destination: str | Path) -> Path:
         """Writes a version as a folder that plain PEFT loads at `destination`, whole or not at all. Returns its path.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -13,6 +13,7 @@ from adapterbay.registry import AdmissionReport, Manifest, admit
 from adapterbay.registry.admission.report import AdaptedModule, AdaptedSite, TrainedTokens
 from adapterbay.registry.errors import NoEffect, Rejected, UnsupportedMethod
 from adapterbay.registry.manifest import WEIGHTS_FILE
+from adapterbay.server.adapters.finite import check_finite
 from adapterbay.server.adapters.forms import (
     LM_HEAD,
     AttentionPrompt,
@@ -24,14 +25,15 @@ from adapterbay.server.adapters.forms import (
     ServingForm,
     TableForm,
 )
-from adapterbay.server.convert.attention import attention_prompt
+from adapterbay.server.convert.attention import attention_prompt, attention_prompt_behind
 from adapterbay.server.convert.effect import has_effect
 from adapterbay.server.convert.lora import dora_form, embedding_factors, lora_form
 from adapterbay.server.convert.read import read_layers
-from adapterbay.server.convert.tables import replaced_rows, tied_head, whole_table
+from adapterbay.server.convert.tables import joined, replaced_rows, tied_head, whole_table
 from adapterbay.server.convert.tree import dense_weight, peft_root
-from adapterbay.server.convert.virtual import PREFIXES, PROMPTS, read_prefix, read_prompt
+from adapterbay.server.convert.virtual import PREFIXES, PROMPTS, check_apart, read_prefix, read_prompt
 from adapterbay.server.heads import head_from
+from adapterbay.server.kernels.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from adapterbay.server.model import ServingModel
@@ -69,9 +71,11 @@ class _Builder:
         self._layers: dict[str, LinearForm] = {}
         self._norms: dict[str, NormForm] = {}
         self._tables: dict[str, TableForm] = {}
+        self._head_rows: TableForm | None = None
 
     def build(self) -> ServingForm:
-        """The form. Raises NoEffect if nothing came together, or nothing but the base."""
+        """The form. Raises NoEffect if nothing came together, or nothing but the base; Rejected (NOT_FINITE) for what
+        the base's dtype cannot hold."""
         report = self._report
         virtual = self._virtual()
         if self._method == "LORA" and self._formula_of_lora():
@@ -112,6 +116,7 @@ class _Builder:
             virtual=virtual,
             invocation=report.invocation or None,
         )
+        check_finite(form, self._model.dtype)
         if not has_effect(form, self._sites):
             raise NoEffect(
                 f"The {self._method} adapter changes nothing on this base: it would answer as the base does. Was it "
@@ -199,8 +204,22 @@ class _Builder:
         for module in self._report.modules:
             if module.kind == "embedding":
                 self._take_lora_table(module)
-        for name, form in read_layers(self._root(tensors), self._report.config, tensors, self._model.dtype).items():
-            self._put(self._linear(name), form, name)
+        read = read_layers(self._root(tensors), self._report.config, tensors, self._model.dtype)
+        for name, form in read.items():
+            if next(form.tensors(), None) is not None:
+                self._put(self._linear(name), form, name)
+        self._check_nothing_lost(read)
+
+    def _check_nothing_lost(self, read: Iterable[str]) -> None:
+        """Every module that admission found must have been read, be it to no effect there."""
+        there = {self._find(name) for name in read} | self._tables.keys()
+        lost = [site.name for site in self._report.sites if self._find(site.name) not in there]
+        if lost:
+            raise UnsupportedMethod(
+                f"{self._method} on {lost[0]} is not served (of {len(lost)} such modules): leave it out of "
+                "target_modules.",
+                metadata={"peft_type": self._method, "module": lost[0]},
+            )
 
     def _root(self, tensors: Mapping[str, Tensor]) -> Any:
         """The tree that the adapter's names fit."""
@@ -210,25 +229,48 @@ class _Builder:
         prefixed = any(key.startswith(inside) for key in of_layers) if of_layers else task != "FEATURE_EXTRACTION"
         base = self._model.base
         with_head = task in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
-        return peft_root(base.model, base.backbone, self._prefix, prefixed=prefixed, head=with_head)
+        pooler = self._model.pooler
+        return peft_root(base.model, base.backbone, self._prefix, prefixed=prefixed, head=with_head, pooler=pooler)
 
     # Rows, whole modules, biases.
 
     def _take_tokens(self, trained: TrainedTokens) -> None:
-        """Trained rows of the embedding, and of the head if it shares them; or of a head of its own."""
-        rows, path = self._tensors[trained.key], self._find(trained.name)
-        weight = next(iter(self._sites.tables.values())).weight.detach()
-        if path == LM_HEAD and not self._tied():
+        """Trained rows of the embedding, and of the head if it shares them; or of the head alone."""
+        rows, on_head = self._tensors[trained.key], self._find(trained.name) == LM_HEAD
+        if on_head:
             weight = dense_weight(self._sites.linears[LM_HEAD])
+        else:
+            weight = next(iter(self._sites.tables.values())).weight.detach()
         form = replaced_rows(trained.tokens, rows, weight.shape[0])
-        if path != LM_HEAD or self._tied():
-            table = next(iter(self._sites.tables)) if path == LM_HEAD else self._table(trained.name)
+        if not on_head:
+            table = self._table(trained.name)
             mine = self._tables.get(table)
             if mine is not None and mine.low_rank is not None:
                 raise UnsupportedMethod("LoRA and trained tokens on one embedding are not served together.")
             self._tables[table] = form
-        if (path == LM_HEAD or self._tied()) and LM_HEAD not in self._layers:
-            self._put(LM_HEAD, tied_head(form, weight), trained.name)
+        if on_head or self._tied():
+            self._take_head_rows(form, weight, trained.name)
+
+    def _take_head_rows(self, rows: TableForm, weight: Tensor, name: str) -> None:
+        """Trained rows of the head, beside what else the adapter adds to it. PEFT saves tied rows once or twice."""
+        if self._head_rows is not None:
+            if not rows.equals(self._head_rows):
+                raise Rejected(
+                    f"The rows of {name} differ from those of the table that it is tied to.", reason="UNKNOWN_TENSOR"
+                )
+            return
+        self._head_rows = rows
+        change, mine = tied_head(rows, self._tied_weight(weight)), self._layers.get(LM_HEAD)
+        if mine is None:
+            self._layers[LM_HEAD] = LinearForm(low_rank=change)
+        elif self._method == "LORA" and self._formula_of_lora() and mine.additive:
+            self._layers[LM_HEAD] = mine.with_low_rank(joined(mine.low_rank, change))
+        else:
+            raise UnsupportedMethod(
+                "Trained tokens on a language-model head are served beside a plain LoRA on it, and beside nothing else "
+                "(DoRA, PiSSA, …): leave it out of target_modules.",
+                metadata={"peft_type": self._method, "module": name},
+            )
 
     def _take_saved(self, site: AdaptedSite) -> None:
         """A module with parameters of its own: a norm, the embedding, a linear layer, or a bias alone."""
@@ -241,7 +283,8 @@ class _Builder:
             self._check_shape(site.name, own["weight"], table.weight.shape)
             self._tables[path] = whole_table(own["weight"])
             if self._tied() and self._report.config.get("ensure_weight_tying"):
-                self._put(LM_HEAD, LinearForm(dense=own["weight"].float() - table.weight.float()), site.name)
+                change = own["weight"].float() - self._tied_weight(table.weight).float()
+                self._put(LM_HEAD, LinearForm(dense=change), site.name)
             return
         path = self._linear(site.name)
         layer = self._sites.linears[path]
@@ -253,13 +296,19 @@ class _Builder:
         if "bias" in own:
             if layer.bias is None:
                 raise Rejected(f"The base has no bias on {site.name}.", reason="UNKNOWN_TENSOR")
-            change = own["bias"].float() - layer.bias.detach().float()
+            base_bias = layer.bias.detach()  # PEFT gives a saved bias the base's dtype
+            change = own["bias"].to(base_bias).float() - base_bias.float()
             self._layers[path] = self._layers.get(path, LinearForm()).plus_bias(change)
 
     def _tied(self) -> bool:
         return bool(getattr(self._model.base.model.config, "tie_word_embeddings", False)) and (
             LM_HEAD in self._sites.linears
         )
+
+    def _tied_weight(self, shared: Tensor) -> Tensor:
+        """What a head computes with that shares the weight `shared`: its own copy may have fewer bits."""
+        head = self._sites.linears[LM_HEAD]
+        return dense_weight(head) if isinstance(head.base_layer, QuantizedLinear) else shared.detach()
 
     def _check_shape(self, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
         if tuple(tensor.shape) != tuple(shape):
@@ -274,6 +323,8 @@ class _Builder:
         path = self._find(site.name)
         if path in self._sites.tables:
             own = self._sites.tables[path].weight.detach()
+        elif path == LM_HEAD and self._tied():
+            own = next(iter(self._sites.tables.values())).weight.detach()
         else:
             own = dense_weight(self._sites.linears[self._linear(site.name)])
         narrow = self._model.dtype
@@ -289,23 +340,31 @@ class _Builder:
     # The rest.
 
     def _virtual(self) -> Prompt | Prefix | None:
+        apart, config = self._model.seq2seq is not None, self._report.config
+        if apart and self._method in PROMPTS | PREFIXES:
+            check_apart(self._method, config)
         if self._method in PROMPTS:
-            return read_prompt(self._method, self._tensors)
+            return read_prompt(self._method, self._tensors, int(config["num_virtual_tokens"]) if apart else None)
         if self._method in PREFIXES:
-            return read_prefix(self._method, self._tensors, self._model.attention_shapes)
+            return read_prefix(self._method, self._tensors, self._model.attention_shapes, apart=apart)
         return None
 
     def _attention_prompt(self, name: str, parts: Mapping[str, Tensor]) -> tuple[int, AttentionPrompt]:
         path = name.removeprefix(f"{self._prefix}.")
-        key, value = (self._sites.linears.get(f"{path}.{part}") for part in ("k_proj", "v_proj"))
+        key, value, both = (self._sites.linears.get(f"{path}.{part}") for part in ("k_proj", "v_proj", "c_attn"))
         index = getattr(self._sites.backbone.get_submodule(path), "layer_idx", None)
-        if key is None or value is None or not isinstance(index, int):
-            raise UnsupportedMethod(
-                "ADAPTION_PROMPT is served on Llama and Mistral only: elsewhere PEFT adds it at another place.",
-                metadata={"peft_type": self._method},
-            )
-        size = self._model.attention_shapes[index].key_size
-        return index, attention_prompt(parts["adaption_prompt"], parts["adaption_gate"], key, value, size)
+        kind = self._model.base.files.config.get("model_type")
+        prompt, gate = parts["adaption_prompt"], parts["adaption_gate"]
+        if isinstance(index, int):
+            size = self._model.attention_shapes[index].key_size
+            if kind == "gpt2" and both is not None:
+                return index, attention_prompt_behind(prompt, gate, both, size, path)
+            if kind in ("llama", "mistral") and key is not None and value is not None:
+                return index, attention_prompt(prompt, gate, key, value, size)
+        raise UnsupportedMethod(
+            "ADAPTION_PROMPT is served on Llama, Mistral and GPT-2 only, for which PEFT makes it.",
+            metadata={"peft_type": self._method},
+        )
 
     def _bottleneck(self, parts: Mapping[str, Tensor]) -> Bottleneck:
         config = self._report.config

@@ -15,8 +15,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
+import torch
 from torch import Tensor
 
 from adapterbay.registry import Manifest
@@ -73,6 +74,10 @@ class LinearForm:
         """The same with another whole delta [out, in]."""
         return dataclasses.replace(self, dense=dense)
 
+    def with_low_rank(self, low_rank: LowRank) -> LinearForm:
+        """The same with another low-rank delta."""
+        return dataclasses.replace(self, low_rank=low_rank)
+
     @property
     def turns_input(self) -> bool:
         """Whether it changes what the base's layer gets."""
@@ -117,6 +122,11 @@ class TableForm:
     tokens: Tensor | None = None
     rows: Tensor | None = None
     low_rank: LowRank | None = None
+
+    def equals(self, other: TableForm) -> bool:
+        """Whether both replace the same rows by the same."""
+        pairs = ((self.tokens, other.tokens), (self.rows, other.rows))
+        return all(one is not None and two is not None and torch.equal(one, two) for one, two in pairs)
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that takes memory."""
@@ -164,11 +174,16 @@ class Bottleneck:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPrompt:
-    """Keys and values [length, key/value heads, size] that one attention layer looks at through a gate."""
+    """Keys and values [length, key/value heads, size] that one attention layer looks at through a gate.
+
+    What it sees there goes through the output projection; or, with the path of the attention module in `behind`,
+    is added to what the module gives (GPT-2).
+    """
 
     gate: float
     keys: Tensor
     values: Tensor
+    behind: str | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that takes memory."""
@@ -187,6 +202,10 @@ class Prompt:
         """How many positions it takes."""
         return int(self.embeddings.shape[0])
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that takes memory."""
+        yield self.embeddings
+
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
@@ -202,6 +221,11 @@ class Prefix:
     def count(self) -> int:
         """How many positions it takes."""
         return int(self.keys[0].shape[0])
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that takes memory."""
+        yield from self.keys
+        yield from self.values
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,22 +254,19 @@ class ServingForm:
         """What the form takes in host memory."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
+    def low_ranks(self) -> Iterator[tuple[str, LowRank]]:
+        """All low-rank deltas of layers and embeddings, by path."""
+        for kind in (self.layers, self.tables):
+            for path, form in kind.items():
+                if form.low_rank is not None:
+                    yield path, form.low_rank
+
     def tensors(self) -> Iterator[Tensor]:
         """Everything that takes memory."""
         for kind in (self.layers, self.norms, self.tables, self.bottlenecks, self.attention):
             for form in kind.values():
                 yield from form.tensors()
-        if isinstance(self.virtual, Prompt):
-            yield self.virtual.embeddings
-        elif self.virtual is not None:
-            yield from self.virtual.keys
-            yield from self.virtual.values
+        if self.virtual is not None:
+            yield from self.virtual.tensors()
         if self.head is not None:
             yield from self.head.tensors()
-
-    def with_layers(self, layers: Mapping[str, LinearForm]) -> ServingForm:
-        """The same with other layers."""
-        return dataclasses.replace(self, layers=layers)
-
-
-FormKind = Literal["layers", "norms", "tables", "bottlenecks", "head", "virtual"]

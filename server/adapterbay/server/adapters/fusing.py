@@ -142,7 +142,7 @@ def _check_bottlenecks(named: Sequence[Named]) -> None:
 def _check_low_rank(part: Part, form: ServingForm, method: str) -> None:
     plain = all(layer.low_rank is not None and layer.only_ranks for layer in form.layers.values())
     plain = plain and all(table.low_rank is not None and table.tokens is None for table in form.tables.values())
-    if not plain or form.norms or form.bottlenecks or not _deltas(form):
+    if not plain or form.norms or form.bottlenecks or form.attention or not _deltas(form):
         raise UnsupportedMethod(
             f"{_who(part, form)} is more than low-rank deltas, and {method} is for those alone: use linear."
         )
@@ -155,7 +155,9 @@ def _deltas(form: ServingForm) -> Mapping[str, LowRank]:
 
 
 def _paths(form: ServingForm) -> dict[str, None]:
-    return _union([form.layers, form.norms, form.tables, form.bottlenecks])
+    """The layers that a weight can be for, as the step calls them (`mix.attention` for prompts)."""
+    attention = {f"layers.{index}.self_attn": prompt for index, prompt in form.attention.items()}
+    return _union([form.layers, form.norms, form.tables, form.bottlenecks, attention])
 
 
 def _union(kinds: Iterable[Mapping[str, Any]]) -> dict[str, None]:

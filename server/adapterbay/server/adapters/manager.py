@@ -9,10 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 from adapterbay.registry import Registry, Resolved
-from adapterbay.registry.errors import BaseMismatch, UnsupportedMethod
+from adapterbay.registry.errors import AdapterbayError, BaseMismatch, UnsupportedMethod
 from adapterbay.registry.manifest import Manifest
 from adapterbay.server.adapters.build import build_form
 from adapterbay.server.adapters.events import AdapterEvent
+from adapterbay.server.adapters.finite import check_finite
 from adapterbay.server.adapters.forms import ServingForm
 from adapterbay.server.adapters.fusing import fuse_forms
 from adapterbay.server.adapters.residency import HostMemory, Residency, ResidencyInfo, Resident
@@ -101,12 +102,14 @@ class AdapterManager:
         manifest = self.manifest(digest)
         ours = self._model.base.info.fingerprint
         if manifest.base_fingerprint != ours:
-            raise BaseMismatch(
+            mismatch = BaseMismatch(
                 f"The adapter was trained on base {manifest.base_reference} ({manifest.base_fingerprint}); this server "
                 f"holds {self._model.base.info.reference} ({ours}).",
                 expected=ours,
                 actual=manifest.base_fingerprint,
             )
+            mismatch.metadata["adapter_digest"] = digest
+            raise mismatch
         return manifest
 
     def _size_of(self, digest: str) -> int:
@@ -121,7 +124,9 @@ class AdapterManager:
         arm = self._fused.get(digest)
         if arm is None:
             return self._read(digest)
-        return fuse_forms(arm, [self.memory.form(part.digest) or self._read(part.digest) for part in arm.parts])
+        fused = fuse_forms(arm, [self.memory.form(part.digest) or self._read(part.digest) for part in arm.parts])
+        check_finite(fused, self._model.dtype)
+        return fused
 
     def _forget(self) -> None:
         """Drops the recipes of what is neither in memory nor on its way."""
@@ -132,16 +137,24 @@ class AdapterManager:
         self._most_fused = max(FUSED_RECIPES, 2 * len(self._fused))
 
     def _read(self, digest: str) -> ServingForm:
+        """Errors hold the digest: of a fusion's parts it may be any."""
+        try:
+            return self._form(digest)
+        except AdapterbayError as error:
+            error.metadata.setdefault("adapter_digest", digest)
+            raise
+
+    def _form(self, digest: str) -> ServingForm:
         manifest = self.check_base(digest)
-        snapshot = self.registry.open_snapshot(digest)
         if self._trust is not None:
+            snapshot = self.registry.open_snapshot(digest)
             self._trust.check(snapshot, snapshot.signature)
-        files = {entry.path: snapshot.read(entry.path) for entry in manifest.files}
+        files = self.registry.contents(manifest)
         form = build_form(manifest, files, self._model)
-        if self._model.seq2seq is not None and (form.virtual is not None or form.invocation is not None):
+        if self._model.seq2seq is not None and form.invocation is not None:
             raise UnsupportedMethod(
-                "Virtual tokens and activated adapters are not served on an encoder-decoder: there is no one place for "
-                "them."
+                "Activated adapters are not served on an encoder-decoder: their invocation tokens are in the text, and "
+                "what they change lies in the encoder and in the decoder."
             )
         return form
 

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
@@ -23,6 +23,7 @@ from adapterbay.server.adapters.events import Listeners
 from adapterbay.server.adapters.forms import ServingForm
 from adapterbay.server.adapters.loaders import loading_threads
 from adapterbay.server.adapters.tally import HostCounts, HostTally
+from adapterbay.server.trim import trim
 
 
 class Residency(Enum):
@@ -60,6 +61,7 @@ class Resident:
     queued: bool = False  # waits for room
     relieved: bool = False  # loads although there was no room
     leaving: Future[int] | None = None
+    unloaded: bool = False  # on demand: its memory is to go back to the system
 
     @property
     def ready(self) -> ServingForm:
@@ -103,6 +105,7 @@ class HostMemory:
         self._executor = loading_threads(threads)
         self._loads_under_way = 0
         self._closed = False
+        self._trimming = False
         self.listeners = Listeners()
         self.tally = HostTally()
 
@@ -166,12 +169,24 @@ class HostMemory:
                 freed.set_result(0)
                 return freed
             del self._table[digest]
-            resident.leaving = freed
+            resident.leaving, resident.unloaded = freed, True
             self._leaving.append(resident)
             self.tally.unloads.add()
             if resident.holds == 0 and (resident.form is not None or resident.queued):
                 self._leave(resident)
             return freed
+
+    def emptied(self, resident: Resident) -> None:
+        """The device is free of a resident that has left, which was the last to need its form.
+
+        What was unloaded on demand goes back to the system, soon, on a loading thread; what gave way to another adapter
+        is kept for that one.
+        """
+        resident.form = None
+        with self._lock:
+            if resident.unloaded and not self._trimming and not self._closed:
+                self._trimming = True
+                self._executor.submit(self._trim)
 
     def pin(self, digest: str, pinned: bool) -> None:
         """Keeps a digest in host memory whatever the load (loading it if need be), or lets it go again.
@@ -248,6 +263,11 @@ class HostMemory:
     def budget_bytes(self) -> int:
         """The most that loaded and loading adapters may take together."""
         return self._budget
+
+    def _trim(self) -> None:
+        with self._lock:
+            self._trimming = False  # what is freed from here on needs another one
+        trim()
 
     def _expected(self, digest: str) -> int:
         """What a digest takes in memory: as it was seen, or else as its files are."""
@@ -368,30 +388,3 @@ def _too_large(digest: str, size: int, budget: int) -> InvalidArgument:
     return InvalidArgument(
         f"{digest} takes {size} bytes; the host budget for all adapters is {budget}. Raise host_bytes.", field="adapter"
     )
-
-
-def wait_all(residents: Sequence[Resident], then: Callable[[AdapterbayError | None], None]) -> None:
-    """Calls `then` once, when all have loaded or the first has failed; on this thread if that is already so."""
-    pending = [resident.loading for resident in residents if resident.form is None]
-    left = len(pending)
-    if not left:
-        then(None)
-        return
-    lock = threading.Lock()
-
-    told: Callable[[AdapterbayError | None], None] | None = then
-
-    def one_done(future: Future[float]) -> None:
-        nonlocal left, told
-        error = future.exception()
-        with lock:
-            if left <= 0:
-                return
-            left = 0 if error is not None else left - 1
-            # A future keeps its callbacks, and `then` knows who holds the futures: a circle with weights in it.
-            tell, told = (told, None) if left == 0 else (None, told)
-        if tell is not None:
-            tell(error if error is None or isinstance(error, AdapterbayError) else EngineFault(repr(error)))
-
-    for future in pending:
-        future.add_done_callback(one_done)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+from adapterbay.server.scheduler import Seat
+
 if TYPE_CHECKING:
     from adapterbay.server.adapters.residency import Resident
     from adapterbay.server.batch import Group, Row
@@ -112,14 +114,15 @@ class RowTally:
         self.queue_seconds.add(row.started_at - row.request.submitted_at)
         if row.first_at:
             self.prompt_tokens.add(count=row.prompt_tokens)
-            self.generated_tokens.add(count=len(row.tokens) - row.prompt_tokens)
+            self.generated_tokens.add(count=len(row.output.token_ids) if row.generates else 0)
             self.first_seconds.add(row.first_at - row.request.submitted_at)
 
 
 class Places(Protocol):
     """The device's memory, as far as it is counted here."""
 
-    def seat(self, group: Group) -> bool: ...
+    def renew(self) -> None: ...
+    def seat(self, group: Group, *, alone: bool) -> Seat: ...
     def leave(self, row: Row) -> None: ...
     def placed(self) -> Iterable[Resident]: ...
 
@@ -131,17 +134,20 @@ class CountedPlaces:
         self._places = places
         self._tally = tally
 
-    def seat(self, group: Group) -> bool:
-        """Places every adapter of the group; False, with nothing changed for it, when there is no room."""
+    def renew(self) -> None:
+        """A step begins."""
+        self._places.renew()
+
+    def seat(self, group: Group, *, alone: bool) -> Seat:
+        """Places every adapter of the group; see `scheduler.Slots`."""
         before = {resident.key for resident in self._places.placed()}
-        if not self._places.seat(group):
-            return False
-        wanted = {resident.key for row in group.rows for resident in row.residents}
-        gone = before - {resident.key for resident in self._places.placed()}
-        self._tally.hits.add(count=len(wanted & before))
-        self._tally.misses.add(count=len(wanted - before))
-        self._tally.evictions.add(count=len(gone))
-        return True
+        seat = self._places.seat(group, alone=alone)
+        self._tally.evictions.add(count=len(before - {resident.key for resident in self._places.placed()}))
+        if seat is Seat.TAKEN:
+            wanted = {resident.key for row in group.rows for resident in row.residents}
+            self._tally.hits.add(count=len(wanted & before))
+            self._tally.misses.add(count=len(wanted - before))
+        return seat
 
     def leave(self, row: Row) -> None:
         """Ends one row's hold on its adapters' slots."""

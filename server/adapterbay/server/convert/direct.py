@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapterbay.server.adapters.forms import LinearForm, LowRank, Turn
-from adapterbay.server.convert.effect import ROUNDING
+from adapterbay.server.convert.effect import negligible
 
 ADAPTER: Final = "default"
 """The name under which PEFT holds the adapter that is being read."""
@@ -46,7 +46,7 @@ def _hra(layer: Any, weight: Tensor) -> LinearForm:
 
     change = layer.get_delta_weight(ADAPTER).detach().float()
     change.diagonal().sub_(1)
-    if float(change.abs().max()) <= ROUNDING:
+    if negligible(change, torch.ones(1)):
         return LinearForm()
     factors = factor(change, 4e-6 * float(change.abs().max()))
     if factors is None:
@@ -58,7 +58,8 @@ def _boft(layer: Any, weight: Tensor) -> LinearForm:
     """BOFT (Liu et al. 2023, arXiv:2311.06243): a product of butterfly rotations of the weight, and a scale of rows."""
     rotation, scale = layer.get_delta_weight(ADAPTER)
     turned = torch.mm(rotation.detach().float(), weight.t()).t() * scale.detach().float().view(-1, 1)
-    return LinearForm(dense=turned - weight)
+    change = turned - weight
+    return LinearForm() if negligible(change, weight) else LinearForm(dense=change)
 
 
 def _oft(layer: Any, _: Tensor) -> LinearForm:

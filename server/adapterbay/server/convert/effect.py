@@ -6,6 +6,7 @@ It would answer as the base does, in silence, so that it is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final
 
@@ -16,7 +17,14 @@ from adapterbay.server.adapters.forms import LinearForm, NormForm, ServingForm, 
 from adapterbay.server.mix.sites import Sites
 
 ROUNDING: Final = 2e-6
-"""What float32 leaves of a scale that should be 1, or of a delta that should be 0, relative to what it came from."""
+"""What float32 leaves of a scale that should be 1, or of a delta that should be 0, relative to what it came from. Who
+reads a delta or a bias as a difference takes that away there; what a form holds of them is there to be added."""
+
+
+def negligible(difference: Tensor, of: Tensor | None) -> bool:
+    """Whether a difference of two numbers as large as `of` is nothing but what float32 leaves of 0."""
+    largest = 0.0 if of is None else float(of.abs().max())
+    return float(difference.abs().max()) <= ROUNDING * largest < math.inf
 
 
 def has_effect(form: ServingForm, sites: Sites) -> bool:
@@ -40,9 +48,10 @@ def _linear(form: LinearForm) -> bool:
         return True
     if form.rotation is not None:
         identity = torch.eye(form.rotation.shape[-1])
-        return bool((form.rotation.float() - identity).abs().max() > ROUNDING)
+        if bool((form.rotation.float() - identity).abs().max() > ROUNDING):
+            return True
     parts = (form.bias, form.dense, None if form.turn is None else form.turn.values)
-    return any(part is not None and bool(part.abs().max() > ROUNDING) for part in parts)
+    return any(part is not None and bool(part.any()) for part in parts)
 
 
 def _norm(form: NormForm, base: Mapping[str, Tensor | None]) -> bool:

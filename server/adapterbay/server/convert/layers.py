@@ -16,10 +16,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from adapterbay.registry.errors import UnsupportedMethod
+from adapterbay.registry.errors import Rejected, UnsupportedMethod
 from adapterbay.server.adapters.forms import LinearForm, LowRank
 from adapterbay.server.convert.direct import ADAPTER, DIRECT
-from adapterbay.server.convert.effect import ROUNDING
+from adapterbay.server.convert.effect import negligible
 from adapterbay.server.convert.tree import Conv1DView, weight_of
 from adapterbay.server.mix.linear import rotate
 
@@ -67,22 +67,12 @@ class LayerReader:
 
     def _by_delta(self, layer: Any, view: nn.Module, weight: Tensor) -> LinearForm | None:
         """From what PEFT itself would merge, if that is what the layer adds to the base."""
-        merged = getattr(layer, "get_delta_weight", None)
-        if merged is None or not self._adds_its_delta:
+        if not self._adds_its_delta:
             return None
-        try:
-            delta = merged(ADAPTER)
-        except (TypeError, RuntimeError, NotImplementedError):
-            return None
-        if isinstance(delta, Tensor) and delta.is_sparse:
-            delta = delta.to_dense()
-        if isinstance(view, Conv1DView) and isinstance(delta, Tensor) and delta.shape == weight.t().shape:
-            delta = delta.t()
-        if not isinstance(delta, Tensor) or delta.shape != weight.shape:
-            return None
-        delta = delta.detach().float()
-        form = self._compact(delta, delta.abs().max())
-        self._adds_its_delta = self._agrees(layer, view, weight, form) is None
+        delta = _merged_delta(layer, view, weight)
+        form = None if delta is None else self._compact(delta, delta.abs().max())
+        # once it is not so, no other layer is asked: a delta costs as much as probing does
+        self._adds_its_delta = form is not None and self._agrees(layer, view, weight, form) is None
         return form if self._adds_its_delta else None
 
     def _by_probing(self, layer: Callable[[Tensor], Tensor], view: nn.Module, weight: Tensor, path: str) -> LinearForm:
@@ -91,13 +81,13 @@ class LayerReader:
         base_bias: Tensor | None = view.bias  # type: ignore[assignment]
         bias = zero - base_bias if base_bias is not None else zero
         form = self._compact(delta.contiguous(), torch.maximum(delta.abs().max(), weight.abs().max()))
-        if bool(bias.abs().max() > 0):
+        if not negligible(bias, base_bias):
             form = form.plus_bias(bias.clone())
         self._check(layer, view, weight, form, path)
         return form
 
     def _compact(self, delta: Tensor, largest: Tensor) -> LinearForm:
-        if float(delta.abs().max()) <= ROUNDING * float(largest):
+        if negligible(delta, largest):
             return LinearForm()
         low_rank = None if self._method in DENSE_METHODS else factor(delta, 4 * RANK_TOLERANCE * float(largest))
         return LinearForm(low_rank=low_rank) if low_rank is not None else LinearForm(dense=delta)
@@ -105,14 +95,19 @@ class LayerReader:
     def _agrees(
         self, layer: Callable[[Tensor], Tensor], view: nn.Module, weight: Tensor, form: LinearForm
     ) -> float | None:
-        """None if the form computes what the layer does, else how far they are apart."""
+        """None if the form computes what the layer does, else how far they are apart. Raises Rejected (NOT_FINITE)."""
         kind = (type(view).__name__, weight.shape)
         if self._checked[kind] >= CHECKED_OF_A_KIND:
             return None
         x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(1))
         expected = layer(x)
+        if not expected.isfinite().all():
+            raise Rejected(
+                f"The tensors of this {self._method} adapter are too large: its layers compute no finite numbers.",
+                reason="NOT_FINITE",
+            )
         distance = float((apply(form, weight, view.bias, x) - expected).abs().max())  # type: ignore[arg-type]
-        if distance <= CHECK_TOLERANCE * max(float(expected.abs().max()), 1.0):
+        if distance <= CHECK_TOLERANCE * float(expected.abs().max()):
             self._checked[kind] += 1
             return None
         return distance
@@ -127,6 +122,24 @@ class LayerReader:
                 f"by {distance:.3g} on random input).",
                 metadata={"peft_type": self._method, "module": path},
             )
+
+
+def _merged_delta(layer: Any, view: nn.Module, weight: Tensor) -> Tensor | None:
+    """What PEFT would add to the base's weight when it merges, [out, in] in float32; None: it has no such thing."""
+    merged = getattr(layer, "get_delta_weight", None)
+    if merged is None:
+        return None
+    try:
+        delta = merged(ADAPTER)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return None
+    if not isinstance(delta, Tensor):
+        return None
+    if delta.is_sparse:
+        delta = delta.to_dense()
+    if isinstance(view, Conv1DView) and delta.shape == weight.t().shape:
+        delta = delta.t()
+    return delta.detach().float() if delta.shape == weight.shape else None
 
 
 def factor(delta: Tensor, tolerance: float) -> LowRank | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from adapterbay.server.adapters.forms import LinearForm, LowRank
+from adapterbay.server.convert.effect import negligible
 
 
 def lora_form(a: Tensor, b: Tensor, scaling: float, *, b_bias: Tensor | None = None) -> LinearForm:
@@ -20,11 +21,14 @@ def dora_form(
     """DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5): y = m / ‖W + s B A‖ ⊙ (W + s B A) x + bias.
 
     The norm is that of each row of the [out, in] weight. magnitude [out]; weight [out, in], dequantized, in float32;
-    base_bias [out] is not scaled. What depends on the base is computed here, once.
+    base_bias [out] is not scaled. What depends on the base is computed here, once. Scales that are 1 up to rounding, as
+    before the training, are 1.
     """
     a, b = a.float(), b.float()
     norm = torch.linalg.vector_norm(torch.addmm(weight, b, a, alpha=scaling), dim=1)
     scale = magnitude.flatten().float() / norm
+    if negligible(scale - 1, torch.ones(1)):
+        scale = torch.ones_like(scale)
     return LinearForm(
         low_rank=LowRank(a=a, b=(b * scale[:, None]).t().contiguous(), scaling=scaling),
         out_scale=scale,

@@ -2,6 +2,7 @@
 
 batched   one computation serves all rows, whatever adapters they use
 grouped   one computation for each adapter of the batch, on its own rows
+by form   batched where the delta has low rank, grouped where it is dense
 refused   not served; the reason is what a user gets at the push or at the load
 """
 
@@ -12,14 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Execution = Literal["batched", "grouped", "refused"]
-Fusable = Literal["any", "linear", "no"]
+Execution = Literal["batched", "grouped", "by form", "refused"]
+Fusable = Literal["any", "linear", "by form", "no"]
 
 
 @dataclass(frozen=True, slots=True)
 class MethodRow:
-    """`fusable`: `any` combination that PEFT knows, `linear` sums only, or `no`. `note` says what is particular, or why
-    the method is refused. `tested`: the architectures on which the parity test has the method."""
+    """A row of the table.
+
+    `fusable`: by `any` method of fusion (what is low-rank deltas and nothing else), by `linear` sums only, `by form`
+    the one or the other, or `no`. `note` says what is particular, or why it is refused. `tested`: the architectures
+    on which the parity test has the method.
+    """
 
     peft_type: str
     title: str
@@ -51,25 +56,25 @@ _ROWS: Final = (
         "LoRA",
         _RANKS,
         fusable="any",
-        note="and its variants: docs/methods.md",
+        note="and its variants: docs/methods.md; with more than low-rank deltas (DoRA, biases, …) linear",
     ),
-    _row("ADALORA", "AdaLoRA", _RANKS),
-    _row("VERA", "VeRA", _RANKS),
-    _row("PVERA", "PVeRA", _RANKS, note="its mean, as PEFT computes at inference"),
-    _row("VBLORA", "VB-LoRA", _RANKS),
-    _row("TINYLORA", "TinyLoRA", _RANKS),
-    _row("UNILORA", "Uni-LoRA", _RANKS),
-    _row("DELORA", "DeLoRA", _RANKS),
-    _row("DEFT", "DEFT", _RANKS),
-    _row("HRA", "HRA", _RANKS),
-    _row("PSOFT", "PSOFT", _RANKS),
-    _row("MISS", "MiSS", _BY_RANK),
-    _row("OSF", "OSF", _BY_RANK),
-    _row("GRALORA", "GraLoRA", _BY_RANK),
-    _row("PEANUT", "PEANuT", _BY_RANK),
-    _row("ADAMSS", "AdaMSS", _BY_RANK),
-    _row("RANDLORA", "RandLoRA", _BY_RANK),
-    _row("SUPERTUNING", "Super-Tuning", _BY_RANK, "grouped"),
+    _row("ADALORA", "AdaLoRA", _RANKS, fusable="any"),
+    _row("VERA", "VeRA", _RANKS, fusable="any"),
+    _row("PVERA", "PVeRA", _BY_RANK, "by form", "by form", note="its mean, as PEFT computes at inference"),
+    _row("VBLORA", "VB-LoRA", _RANKS, fusable="any"),
+    _row("TINYLORA", "TinyLoRA", _RANKS, fusable="any"),
+    _row("UNILORA", "Uni-LoRA", _RANKS, fusable="any"),
+    _row("DELORA", "DeLoRA", _RANKS, fusable="any"),
+    _row("DEFT", "DEFT", _RANKS, fusable="any"),
+    _row("HRA", "HRA", _RANKS, fusable="any"),
+    _row("PSOFT", "PSOFT", _RANKS, fusable="any"),
+    _row("MISS", "MiSS", _BY_RANK, "by form", "by form"),
+    _row("OSF", "OSF", _BY_RANK, "by form", "by form"),
+    _row("GRALORA", "GraLoRA", _BY_RANK, "by form", "by form"),
+    _row("PEANUT", "PEANuT", _BY_RANK, "by form", "by form"),
+    _row("ADAMSS", "AdaMSS", _BY_RANK, "by form", "by form"),
+    _row("RANDLORA", "RandLoRA", _BY_RANK, "by form", "by form"),
+    _row("SUPERTUNING", "Super-Tuning", _DENSE, "grouped"),
     _row("FROD", "FRoD", _DENSE, "grouped"),
     _row("LOHA", "LoHa", _DENSE, "grouped"),
     _row("LOKR", "LoKr", _DENSE, "grouped"),
@@ -90,22 +95,21 @@ _ROWS: Final = (
     _row("P_TUNING", "P-tuning", "virtual tokens", fusable="no"),
     _row("MULTITASK_PROMPT_TUNING", "multitask prompt tuning", "virtual tokens", fusable="no", note="of one task"),
     _row("CPT", "CPT", "virtual tokens", fusable="no"),
-    _row("PREFIX_TUNING", "prefix tuning", "key/value prefix", fusable="no", note="decoders"),
-    _row("CARTRIDGE", "cartridges", "key/value prefix", fusable="no", note="decoders"),
+    _row("PREFIX_TUNING", "prefix tuning", "key/value prefix", fusable="no", note="decoders; of T5 its decoder"),
+    _row("CARTRIDGE", "cartridges", "key/value prefix", fusable="no", note="decoders; of T5 its decoder"),
     _row(
         "ADAPTION_PROMPT",
         "LLaMA-Adapter",
         "gated attention to learned prompts",
         "grouped",
-        note="Llama and Mistral",
+        note="Llama, Mistral and GPT-2",
     ),
     _row(
         "BOTTLENECK",
         "bottleneck adapters",
         "modules behind layers",
         "grouped",
-        "no",
-        "Houlsby's, Pfeiffer's, AdapterHub's",
+        note="Houlsby's, Pfeiffer's, AdapterHub's; no two at one place",
     ),
     _refused(
         "LILY", "Lily", "its router averages over all tokens of the batch, so one row would change another's answer"
@@ -117,7 +121,7 @@ _ROWS: Final = (
 
 _NOT_ON_CONV1D: Final = frozenset(
     {"ADAMSS", "BEFT", "BOFT", "C3A", "DELORA", "GLORA", "HRA", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT"}
-) | {"ROAD", "SHIRA", "SUPERTUNING", "ADAPTION_PROMPT"}
+) | {"ROAD", "SHIRA", "SUPERTUNING"}
 """PEFT does not put these on GPT-2's layers, or we do not serve them there."""
 
 _DECODERS_ONLY: Final = frozenset({"MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT", "ADAPTION_PROMPT"})

@@ -18,10 +18,14 @@ from adapterbay.registry.errors import AdapterbayError, Rejected, UnsupportedMet
 from adapterbay.server.adapters.forms import LinearForm
 from adapterbay.server.convert.direct import ADAPTER
 from adapterbay.server.convert.layers import LayerReader, tuner_layers
+from adapterbay.server.convert.loftq import is_loftq, rewrite_base
 from adapterbay.server.convert.tree import View, make_plain
 
 _PEFT = threading.Lock()
 """PEFT warns, patches and seeds globally: one adapter at a time."""
+
+_OF_PEFT: Final = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError)
+"""What PEFT raises for configs and tensors that do not fit each other; it checks few of them itself."""
 
 PLAIN_ONLY: Final = frozenset({"GLORA"})
 """Methods that take nothing but torch's own nn.Linear, no subclass of it."""
@@ -36,7 +40,8 @@ SHAPES_ONLY: Final = frozenset(
 def read_layers(
     root: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, LinearForm]:
-    """The forms of all linear layers that an adapter changes, by their path in `root` (see `tree.peft_root`).
+    """The forms of all linear layers that PEFT adapts, by their path in `root` (see `tree.peft_root`). A form without
+    tensors is that of a layer that computes what the base's does.
 
     `config` is adapter_config.json, `tensors` its tensors without heads, saved modules,
     embeddings and biases; `dtype` that of the serving base. Raises
@@ -53,6 +58,8 @@ def read_layers(
     with _PEFT, torch.no_grad(), _quiet(), _own_randomness():
         model = _inject(root, config, method)
         _load(model, tensors, method)
+        if is_loftq(config):
+            rewrite_base(tuner_layers(model.base_model.model), config)
         for module in root.modules():
             if isinstance(module, View):
                 module.shows_values = True
@@ -63,9 +70,7 @@ def read_layers(
             if isinstance(base_layer, nn.Embedding):
                 continue  # `tables` reads those
             layer.eval().float()
-            form = _read(reader, layer, base_layer, path, method)
-            if next(form.tensors(), None) is not None:
-                forms[path] = form
+            forms[path] = _read(reader, layer, base_layer, path, method)
         return forms
 
 
@@ -114,7 +119,7 @@ def _inject(root: nn.Module, config: Mapping[str, Any], method: str) -> Any:
     known = {field.name for field in dataclasses.fields(config_class)}
     matrices = (path for path, module in root.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding))
     settings = {key: value for key, value in without_expressions(config, matrices).items() if key in known}
-    overrides = {
+    overrides: dict[str, Any] = {
         "modules_to_save": None,
         "bias": "none",
         "trainable_token_indices": None,
@@ -122,10 +127,12 @@ def _inject(root: nn.Module, config: Mapping[str, Any], method: str) -> Any:
         "auto_mapping": None,
         "inference_mode": True,
     }
+    if is_loftq(config):  # PEFT's own start needs CUDA: `loftq` does it
+        overrides |= {"init_lora_weights": True, "loftq_config": {}}
     settings |= {key: value for key, value in overrides.items() if key in settings}
     try:
         return PeftModel(root, config_class(**settings), adapter_name=ADAPTER)
-    except (ValueError, TypeError, NotImplementedError, ImportError, KeyError, AttributeError) as error:
+    except (*_OF_PEFT, ImportError) as error:
         raise UnsupportedMethod(
             f"PEFT cannot put this {method} adapter on this base: {str(error)[:300]}", metadata={"peft_type": method}
         ) from error
@@ -136,7 +143,7 @@ def _load(model: Any, tensors: Mapping[str, Tensor], method: str) -> None:
 
     try:
         result = set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except _OF_PEFT as error:
         raise Rejected(
             f"PEFT cannot load the tensors of this {method} adapter: {str(error)[:300]}", reason="SHAPE_MISMATCH"
         ) from error

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapterbay.registry.errors import Rejected
-from adapterbay.server.adapters.forms import LinearForm, LowRank, TableForm
+from adapterbay.server.adapters.forms import LowRank, TableForm
 
 
 def replaced_rows(tokens: Sequence[int], rows: Tensor, vocabulary: int) -> TableForm:
@@ -25,14 +25,26 @@ def replaced_rows(tokens: Sequence[int], rows: Tensor, vocabulary: int) -> Table
     return TableForm(tokens=torch.tensor(tokens, dtype=torch.long), rows=rows.float())
 
 
-def tied_head(table: TableForm, weight: Tensor) -> LinearForm:
+def tied_head(table: TableForm, weight: Tensor) -> LowRank:
     """The same rows in a head that shares the embedding's weight [vocabulary, hidden]: a delta of rank `count`."""
     assert table.tokens is not None
     assert table.rows is not None
     change = table.rows - weight[table.tokens].float()
     picks = torch.zeros(len(table.tokens), weight.shape[0])
     picks[torch.arange(len(table.tokens)), table.tokens] = 1
-    return LinearForm(low_rank=LowRank(a=change, b=picks, scaling=1.0))
+    return LowRank(a=change, b=picks, scaling=1.0)
+
+
+def joined(first: LowRank | None, second: LowRank) -> LowRank:
+    """The sum of two low-rank deltas: their ranks, one below the other."""
+    if first is None:
+        return second
+    parts = (first, second)
+    return LowRank(
+        a=torch.cat([part.a.float() for part in parts]),
+        b=torch.cat([part.scaling * part.b.float() for part in parts]),
+        scaling=1.0,
+    )
 
 
 def whole_table(rows: Tensor) -> TableForm:

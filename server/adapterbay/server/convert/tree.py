@@ -49,6 +49,10 @@ class _View:
         bias: Any = self._layer[0].bias
         return None if bias is None else bias.detach().float().clone()
 
+    def hold(self, weight: Tensor) -> None:
+        """From now on this stands in the base's weight's place; `dense` and `weight_of` go on to give the base's."""
+        self._held = nn.Parameter(weight, requires_grad=False)
+
     def dense(self) -> Tensor:
         """The base's own weight, copied."""
         weight = dense_weight(self._layer[0])
@@ -148,18 +152,22 @@ def copy_tree(module: nn.Module) -> nn.Module:
     return made
 
 
-def peft_root(model: nn.Module, backbone: nn.Module, prefix: str, *, prefixed: bool, head: bool) -> nn.Module:
+def peft_root(
+    model: nn.Module, backbone: nn.Module, prefix: str, *, prefixed: bool, head: bool, pooler: nn.Module | None = None
+) -> nn.Module:
     """The tree that an adapter's names fit: a backbone under `prefix` if `prefixed`, else the bare backbone.
 
-    `head`: with the language-model head beside it, if the base has one.
+    `head`: with the language-model head beside it, if the base has one. `pooler`: the encoder's own, which its backbone
+    does not hold while it serves.
     """
-    if not prefixed:
-        return copy_tree(backbone)
-    if head and model is not backbone:
+    if prefixed and head and model is not backbone:
         made = copy_tree(model)
         made.config = copy.copy(model.config)
         return made
-    return Root(copy_tree(backbone), prefix)
+    inner = copy_tree(backbone)
+    if pooler is not None:
+        inner.pooler = copy_tree(pooler)
+    return Root(inner, prefix) if prefixed else inner
 
 
 def make_plain(root: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -54,6 +55,8 @@ def differs(module: nn.Module) -> str:
         return "its norms are no RMS norms"
     if len({norm.variance_epsilon for norm in norms}) != 1:
         return "its norms differ in their epsilon"
+    if "position_ids" in inspect.signature(type(attend).forward).parameters:
+        return "its attention takes positions beside the rotation"
     size = int(attend.head_dim)  # type: ignore[arg-type]
     if any(cast(MixedLinear, attend.get_submodule(name)).out_features % size for name in ("q_proj", "k_proj")):
         return "its heads are of another size"
@@ -104,7 +107,7 @@ class FastLayer:
     @property
     def int8(self) -> bool:
         """Whether any of its products has inputs of eight bits."""
-        return any(weight.dtype is torch.int8 for weight, _ in (self._qkv, self._o, self._gate_up, self._down))
+        return any(weight.dtype is torch.uint8 for weight, _ in (self._qkv, self._o, self._gate_up, self._down))
 
     def keep(self) -> None:
         """The weights as they were are let go of."""

@@ -35,6 +35,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """How far a fused layer may be from its modules: the norm of the difference over the norm of the layer's change."""
 INT8_TOLERANCE = 6e-2
 """With int8 inputs: another rounding before a product can move an input by a step."""
+AROUND_TOLERANCE = 1e-3
+"""Of the norm of the logits. Both sides run the same modules, so what is the same is equal to the last bit."""
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class FastPath:
     @torch.inference_mode()
     def build(cls, model: ServingModel) -> FastPath | Unfit:
         """Takes over the weights of a base's layers; the kernels are loaded. A base that does not fit is unchanged."""
-        unfit = _unfit(model)
+        unfit = _unfit(model) or _around_layers(model)
         if unfit:
             return Unfit(unfit)
         backbone: Any = model.base.backbone
@@ -115,6 +117,10 @@ class FastPath:
             return ops.add_rms_norm(hidden, None, self._norm.weight, self._norm.variance_epsilon)
         return cast(Tensor, self._backbone.norm(hidden[None])[0])
 
+    def forget(self) -> None:
+        """Lets go of what is kept between steps: it refers to the pools."""
+        self._plans, self._operands = None, []
+
     def _operands_of(self, mix: AdapterMix | None) -> list[Operands | None]:
         """By layer; kept while the mix and what is resident stay the same. A mix says what all layers use together."""
         plans = self._plans
@@ -147,6 +153,31 @@ def _unfit(model: ServingModel) -> str:
     return next((reason for layer in layers.children() if (reason := differs(layer))), "")
 
 
+def _around_layers(model: ServingModel) -> str:
+    """Why a base is more than its parts one after another, "" when it is not: Granite multiplies its embeddings and
+    divides its logits, which stands in no module. Judged by the logits of random tokens."""
+    backbone: Any = model.base.backbone
+    generator = torch.Generator().manual_seed(CHECK_TOKENS)
+    ids = torch.randint(model.base.info.vocabulary_size, (CHECK_TOKENS,), generator=generator)
+    positions = torch.arange(CHECK_TOKENS)
+    plan = AttentionPlan(causal=True, segments=(Segment(0, CHECK_TOKENS, None),))
+    _, whole = model.forward(ids, positions, None, plan, logits_at=positions, want_hidden=False)
+    attention.current.plan = plan
+    try:
+        hidden: Tensor = backbone.embed_tokens(ids[None])[0]
+        step = _step(backbone, hidden, positions, plan)
+        for module in backbone.layers:
+            hidden = generic(module, hidden, step)
+        parts = model.base.model.get_output_embeddings()(backbone.norm(hidden[None]))[0]  # type: ignore[operator]
+    finally:
+        attention.current.plan = None
+    assert whole is not None
+    distance = float((parts.float() - whole.float()).norm() / whole.float().norm())
+    if distance <= AROUND_TOLERANCE:
+        return ""
+    return f"it computes something around its layers: by them alone its logits would differ by {distance:.3g}"
+
+
 def _fuse(model: ServingModel, module: nn.Module, index: int) -> FastLayer | None:
     """One layer fused and checked; None, and the layer as it was, when it does not compute the same."""
     backbone = model.base.backbone
@@ -154,6 +185,11 @@ def _fuse(model: ServingModel, module: nn.Module, index: int) -> FastLayer | Non
     hidden = torch.randn(CHECK_TOKENS, model.base.info.hidden_size, generator=generator).to(model.dtype)
     plan = AttentionPlan(causal=True, segments=(Segment(0, CHECK_TOKENS, None),))
     step = _step(backbone, hidden, torch.arange(CHECK_TOKENS), plan)
+    size = int(module.get_submodule("self_attn").head_dim)  # type: ignore[arg-type]
+    if step.cos.dtype is not model.dtype or step.cos.shape[1] != size:
+        what = f"{str(step.cos.dtype).removeprefix('torch.')} over {step.cos.shape[1]} of {size} features of a head"
+        log.info("layer %d is not fused: its rotation is %s", index, what)
+        return None
     attention.current.plan = plan
     try:
         with _watched(model.base.model.config) as seen:
@@ -214,7 +250,7 @@ def _watched(config: Any) -> Iterator[list[Scoring]]:
 def _pack_head(model: ServingModel) -> None:
     """The language-model head in the kernels' layout, out of oneDNN's."""
     head: MixedLinear | None = model.sites.linears.get(LM_HEAD)
-    if head is None or not isinstance(head.base_layer, PackedLinear):
+    if head is None or type(head.base_layer) is not PackedLinear:
         return
     stored = head.base_layer.dense()
     if weights.can_pack(stored):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapterbay.server.kernels import ops
 from adapterbay.server.mix.linear import LinearSite, MixedLinear
 from adapterbay.server.mix.plan import AdapterMix
 from adapterbay.server.mix.pools import Layout
@@ -16,34 +15,15 @@ NOTHING = torch.empty(0, dtype=torch.int32)
 
 
 class RankPlans:
-    """One mix's plans, made once for each distinct pool layout; by layer where a weight differs from layer to layer."""
+    """One mix's plans, and the keys of everything that it uses."""
 
     def __init__(self, mix: AdapterMix) -> None:
         self.mix = mix
         self.keys = frozenset(key for run in mix.runs for key, _ in run.parts)
-        self._by_layer = any(not isinstance(weight, float | int) for run in mix.runs for _, weight in run.parts)
-        self._plans: dict[tuple[Layout, str], Tensor] = {}
 
     def of(self, layout: Layout, path: str) -> Tensor:
         """The plan of one site."""
-        key = (layout, path if self._by_layer else "")
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self._plan(layout, path)
-        return plan
-
-    def _plan(self, layout: Layout, path: str) -> Tensor:
-        runs = []
-        for run in self.mix.runs:
-            spans = []
-            for key, weight in run.parts:
-                span = layout.spans.get(key)
-                factor = weight if isinstance(weight, float | int) else weight.at(path)
-                if span is not None and factor:
-                    spans.append((span.start, span.rank, factor * span.scaling))
-            if spans:
-                runs.append((run.start, run.stop, spans))
-        return ops.rank_plan(runs)
+        return self.mix.rank_plan(layout, path)
 
 
 Operands = tuple[list[Tensor], ...]

@@ -92,9 +92,9 @@ def _try() -> Kernels:
     compiler = find_compiler()
     if compiler is None:
         return Kernels(loaded=False, reason="there is no C++ compiler (CXX, c++, g++ or clang++)")
-    built = cache_folder() / "kernels" / f"{_digest(compiler)}.so"
-    compiled = not built.is_file()
     try:
+        built = cache_folder() / "kernels" / f"{_digest(compiler)}.so"
+        compiled = not built.is_file()
         if compiled:
             compiled = _build_once(compiler, built)
         torch.ops.load_library(str(built))  # type: ignore[no-untyped-call]

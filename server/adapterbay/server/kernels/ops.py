@@ -15,7 +15,8 @@ _fakes = False
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [rows, in] to [rows, out]. `weight` is [out, in], or as `weights.pack` lays it out (bfloat16)."""
+    """x [rows, in] to [rows, out]. `weight` is [out, in], or as `weights.pack` lays it out (bfloat16), or as
+    `quantized.pack8` or `quantized.pack4` do."""
     y: Tensor = torch.ops.adapterbay.linear(x, weight, bias)
     return y
 
@@ -114,7 +115,7 @@ def register_fakes() -> None:
     fake = torch.library.register_fake
 
     def outputs(weight: Tensor) -> int:
-        return weight.shape[0] * (16 if weight.dim() == 4 else 1)
+        return weight.shape[0] * (16 if weight.dim() > 2 else 1)
 
     def product(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return x.new_empty(x.shape[0], outputs(weight))

@@ -1,109 +1,155 @@
 """Linear layers of fewer bits on a CPU. `dense()` is the weight that they compute with, so that a reference can be had.
 
-Int8Linear is a product of the kernels and goes into the fused path. Int4Linear is torch's own, of use for single rows.
+Inputs are rounded to eight bits when they come, each 32 neighbours of a row with a scale of their own, and products are
+summed as exact integers. A row's bits do not depend on its company.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
 
 from adapterbay.server.kernels.weights import PANEL, KernelLinear, dense
-from adapterbay.server.mix.linear import MixedLinear
-from adapterbay.server.packed import PackedLinear
 
 GROUP: Final = 32
-"""Inputs of one output that share a scale in Int4Linear."""
+"""Inputs that share a scale."""
+
+Bits = Literal[4, 8]
 
 
-class Int8Linear(KernelLinear):
-    """Weights as int8 with a scale for each output, inputs as uint8 with a scale for each row, exact sums."""
+class QuantizedLinear(KernelLinear):
+    """A linear layer over a weight as `pack8` or `pack4` lays it out, or some panels of it. `dtype` is that of its
+    inputs and outputs."""
 
-    def __init__(self, stored: Tensor, bias: Tensor | None) -> None:
-        """`stored` is what `pack8` gives, or some panels of it."""
+    bits: Bits
+
+    def __init__(self, stored: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = 4 * (stored.shape[1] - 2), PANEL * stored.shape[0]
+        self.in_features, self.out_features = self._inputs(stored), PANEL * stored.shape[0]
         self.packed = stored
         self.bias = bias  # type: ignore[assignment]
+        self._dtype = dtype
 
     @classmethod
-    def of(cls, layer: nn.Module) -> Int8Linear:
-        """A plain or packed layer quantized. Raises ValueError for a shape that does not fit."""
+    def of(cls, layer: nn.Module) -> QuantizedLinear:
+        """A plain or packed layer quantized. Raises ValueError for a shape or a kind that does not fit."""
+        weight = dense(layer)
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
-        return cls(pack8(dense(layer)), None if bias is None else bias.detach())
+        return cls(cls._pack(weight), None if bias is None else bias.detach(), weight.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """As `PackedLinear.weight`."""
+        return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
+
+    def piece(self, stored: Tensor, bias: Tensor | None) -> QuantizedLinear:
+        """As `KernelLinear.piece`."""
+        return type(self)(stored, bias, self._dtype)
+
+    @staticmethod
+    def _inputs(stored: Tensor) -> int:
+        raise NotImplementedError
+
+    @staticmethod
+    def _pack(weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Int8Linear(QuantizedLinear):
+    """Weights as int8 with a scale for each output: the numbers of bitsandbytes' INT8 without outliers."""
+
+    bits = 8
 
     def dense(self) -> Tensor:
         """[out, in] in float32."""
         values, scales = unpack8(self.packed)
         return values.float() * scales[:, None]
 
+    @staticmethod
+    def _inputs(stored: Tensor) -> int:
+        return 4 * (stored.shape[1] - 1)
+
+    @staticmethod
+    def _pack(weight: Tensor) -> Tensor:
+        return pack8(weight)
+
+
+class Int4Linear(QuantizedLinear):
+    """Weights as four bits, w = q · step + least, with a step and a least value for each 32 inputs of an output."""
+
+    bits = 4
+
+    def dense(self) -> Tensor:
+        """[out, in] in float32."""
+        values, steps, least = unpack4(self.packed)
+        weight = values.view(*steps.shape, GROUP) * steps[..., None] + least[..., None]
+        return weight.view(self.out_features, self.in_features)
+
+    @staticmethod
+    def _inputs(stored: Tensor) -> int:
+        return GROUP * stored.shape[1]
+
+    @staticmethod
+    def _pack(weight: Tensor) -> Tensor:
+        return pack4(weight)
+
+
+def fits(out_features: int, in_features: int) -> bool:
+    """Whether a weight of this shape can be laid out."""
+    return out_features % PANEL == 0 and in_features % GROUP == 0
+
+
+def _check(weight: Tensor) -> tuple[int, int]:
+    out, size = weight.shape
+    if not fits(out, size):
+        raise ValueError(f"a weight of {out} by {size} does not fit into panels of {PANEL} by {GROUP}")
+    return out, size
+
 
 def pack8(weight: Tensor) -> Tensor:
-    """[out, in] to int8 [out / 16, in / 4 + 2, 16, 4]: round(w / s), s = max |w| / 127 of each output; behind a panel's
-    weights its scales as float32 and the sums of its weights as int32. Raises ValueError for a shape that does not fit.
-    """
-    out, size = weight.shape
-    if out % PANEL or size % 4:
-        raise ValueError(f"a weight of {out} by {size} does not fit into panels of {PANEL} by 4")
+    """[out, in] to uint8 [out / 16, in / 4 + 1, 16, 4]: 128 + round(w / s), s = max |w| / 127 of each output; behind a
+    panel's weights its scales as float32. Raises ValueError for a shape that does not fit."""
+    out, size = _check(weight)
     wide = weight.float()
     scales = wide.abs().amax(1) / 127
-    values = torch.where(scales[:, None] > 0, wide / scales[:, None], 0).round().to(torch.int8)
+    values = (torch.where(scales[:, None] > 0, wide / scales[:, None], 0).round() + 128).to(torch.uint8)
     panels = values.view(out // PANEL, PANEL, size // 4, 4).transpose(1, 2)
-    tail = torch.stack([scales.view(torch.int32), values.int().sum(1, dtype=torch.int32)], 0).view(2, -1, PANEL)
-    return torch.cat([panels, tail.transpose(0, 1).contiguous().view(torch.int8).view(-1, 2, PANEL, 4)], 1).contiguous()
+    tail = scales.view(torch.uint8).view(out // PANEL, 1, PANEL, 4)
+    return torch.cat([panels, tail], 1).contiguous()
 
 
 def unpack8(packed: Tensor) -> tuple[Tensor, Tensor]:
     """The int8 weights [out, in] and their scales [out]."""
-    values = packed[:, :-2].transpose(1, 2).reshape(packed.shape[0] * PANEL, -1)
-    return values, packed[:, -2].contiguous().view(torch.float32).flatten()
+    values = packed[:, :-1].transpose(1, 2).reshape(packed.shape[0] * PANEL, -1)
+    return (values.int() - 128).to(torch.int8), packed[:, -1].contiguous().view(torch.float32).flatten()
 
 
-class Int4Linear(PackedLinear):
-    """Weights as four bits with a scale for each 32 inputs of an output, by torch's product; inputs stay whole.
-
-    w ≈ (q - 8) · s, q from 0 to 15. bfloat16 only.
+def pack4(weight: Tensor) -> Tensor:
+    """[out, in] to uint8 [out / 16, in / 32, 5, 16, 4]: round((w - least) / step), step = (most - least) / 15 of 32
+    inputs of an output, as bfloat16. Of 32 inputs the first 16 lie in the low halves of four times 64 bytes, the last
+    16 in the high halves; behind them the steps and the least values of the panel. Raises ValueError for a shape that
+    does not fit.
     """
-
-    def __init__(self, layer: nn.Module) -> None:
-        """Raises ValueError for a shape that does not fit."""
-        nn.Module.__init__(self)
-        weight = dense(layer).float()
-        self.out_features, self.in_features = weight.shape
-        if self.in_features % GROUP or self.out_features % PANEL:
-            raise ValueError(
-                f"a weight of {self.out_features} by {self.in_features} does not fit into groups of {GROUP}"
-            )
-        groups = weight.view(self.out_features, -1, GROUP)
-        at = groups.abs().argmax(-1, keepdim=True)
-        # The value that is largest by magnitude becomes exactly -8: one more step than on the other side.
-        scales = (groups.gather(-1, at)[..., 0] / -8).bfloat16()
-        steps = torch.where(scales[..., None] != 0, groups / scales.float()[..., None], 0)
-        values = (steps.round() + 8).clamp(0, 15).to(torch.int32).view(self.out_features, self.in_features)
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 2)
-        self._scales = torch.stack([scales.t(), torch.zeros_like(scales.t())], -1).contiguous()  # [groups, out, 2]
-        bias: Tensor | None = layer.bias  # type: ignore[assignment]
-        self.bias = bias  # type: ignore[assignment]
-
-    def dense(self) -> Tensor:
-        """[out, in] in float32."""
-        eye = torch.eye(self.in_features, dtype=torch.bfloat16)
-        return self._product(eye).t().float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [..., in] to [..., out], bfloat16."""
-        y = self._product(x.reshape(-1, self.in_features))
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
-
-    def _product(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, GROUP, self._scales)
-        return y
+    out, size = _check(weight)
+    groups = weight.float().view(out, -1, GROUP)
+    least = groups.amin(-1).bfloat16()
+    steps = ((groups.amax(-1) - least.float()).clamp_min(0) / 15).bfloat16()
+    wide = steps.float()[..., None]
+    values = torch.where(wide > 0, (groups - least.float()[..., None]) / wide, 0).round().clamp(0, 15).to(torch.uint8)
+    fours = values.view(out // PANEL, PANEL, -1, 8, 4).permute(0, 2, 3, 1, 4)  # [panels, groups, 8, 16, 4]
+    both = fours[:, :, :4] | (fours[:, :, 4:] << 4)
+    ends = torch.stack([steps, least], -1).view(out // PANEL, PANEL, -1, 2).permute(0, 2, 3, 1).contiguous()
+    tail = ends.view(torch.uint8).view(out // PANEL, size // GROUP, 1, PANEL, 4)
+    return torch.cat([both, tail], 2).contiguous()
 
 
-def requantize(layers: list[MixedLinear], make: Callable[[nn.Module], nn.Module]) -> None:
-    """Puts `make(layer)` in the place of every base layer, before the base is fused. Raises what `make` raises."""
-    for layer in layers:
-        layer.base_layer = make(layer.base_layer)
+def unpack4(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights [out, in] from 0 to 15, and their steps and least values [out, in / 32], all in float32."""
+    panels, groups = packed.shape[:2]
+    both = packed[:, :, :4]
+    fours = torch.cat([both & 15, both >> 4], 2).permute(0, 3, 1, 2, 4)
+    ends = packed[:, :, 4].contiguous().view(torch.bfloat16).view(panels, groups, 2, PANEL).permute(2, 0, 3, 1)
+    steps, least = ends.reshape(2, panels * PANEL, groups).float()
+    return fours.reshape(panels * PANEL, -1).float(), steps, least

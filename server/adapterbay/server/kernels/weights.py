@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from adapterbay.server.kernels import ops
 from adapterbay.server.packed import PackedLinear
@@ -51,6 +54,10 @@ class KernelLinear(PackedLinear):
         """The weight [out, in] as it was, a copy."""
         return unpack(self.packed) if self.packed.dim() == 4 else self.packed.clone()
 
+    def piece(self, stored: Tensor, bias: Tensor | None) -> KernelLinear:
+        """A layer of the same kind over other panels."""
+        return KernelLinear(stored, bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] to [..., out]."""
         flat = x.reshape(-1, self.in_features)
@@ -66,10 +73,10 @@ def together(layers: list[nn.Module]) -> tuple[Tensor, Tensor | None, list[Kerne
     first = layers[0]
     if (
         isinstance(first, KernelLinear)
-        and first.packed.dim() == 4
+        and first.packed.dim() > 2
         and all(type(layer) is type(first) for layer in layers)
     ):
-        return _joined(type(first), [layer.packed for layer in layers], [layer.bias for layer in layers], PANEL)  # type: ignore[misc]
+        return _joined(first.piece, [layer.packed for layer in layers], [layer.bias for layer in layers], PANEL)  # type: ignore[misc]
     weights = [dense(layer) for layer in layers]
     packs = all(can_pack(weight) for weight in weights)
     stored = [pack(weight) if packs else weight for weight in weights]
@@ -78,7 +85,10 @@ def together(layers: list[nn.Module]) -> tuple[Tensor, Tensor | None, list[Kerne
 
 
 def _joined(
-    kind: type[KernelLinear], parts: list[Tensor], biases: list[Tensor | None], unit: int
+    make: Callable[[Tensor, Tensor | None], KernelLinear],
+    parts: list[Tensor],
+    biases: list[Tensor | None],
+    unit: int,
 ) -> tuple[Tensor, Tensor | None, list[KernelLinear]]:
     there = [bias.detach() for bias in biases if bias is not None]
     if len(there) not in (0, len(parts)):
@@ -89,16 +99,19 @@ def _joined(
     for part in parts:
         stop = start + part.shape[0]
         own = None if bias is None else bias[start * unit : stop * unit]
-        pieces.append(kind(stored[start:stop], own))
+        pieces.append(make(stored[start:stop], own))
         start = stop
     return stored, bias, pieces
 
 
 def dense(layer: nn.Module) -> Tensor:
-    """The weight [out, in] of a plain or packed linear layer. Raises ValueError for another kind."""
+    """The weight [out, in] of a plain or packed linear layer, GPT-2's too. Raises ValueError for another kind."""
     if type(layer) in (PackedLinear, KernelLinear):
         weight: Tensor = layer.dense()  # type: ignore[operator]
         return weight
     if type(layer) is nn.Linear:
         return layer.weight.detach()
+    if isinstance(layer, Conv1D):
+        transposed: Tensor = layer.weight.detach().t()
+        return transposed
     raise ValueError(f"a {type(layer).__name__} is no plain linear layer")

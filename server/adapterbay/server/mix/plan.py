@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from adapterbay.server import packed
+from adapterbay.server.kernels import ops
 from adapterbay.server.mix.pools import Layout, RankPool, Span, VectorPool
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 FEW_TOKENS = 32
 """A run of at least this many tokens under one arm gets products of its own; shorter runs are masked together."""
 
@@ -88,26 +90,34 @@ Placed = tuple[Run, list[tuple[Span, float]]]
 class AdapterMix:
     """Which token uses which adapters, for one step. Plans are made once for each distinct pool layout."""
 
-    def __init__(self, tokens: int, runs: Iterable[Run], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, tokens: int, runs: Iterable[Run], dtype: torch.dtype, device: torch.device, *, kernels: bool = False
+    ) -> None:
+        """`kernels`: the compiled ones are loaded, and add the low-rank deltas."""
         self.tokens = tokens
+        self._kernels = kernels and device.type == "cpu" and dtype in KERNEL_DTYPES
         self.runs = tuple(runs)
         self._dtype = dtype
         self._device = device
         self._by_layer = any(not isinstance(weight, float | int) for run in self.runs for _, weight in run.parts)
         self._plans: dict[tuple[Layout, str], RankPlan] = {}
+        self._kernel_plans: dict[tuple[Layout, str], Tensor] = {}
         self._weights: dict[tuple[Layout, str], Tensor | None] = {}
         self._subset: tuple[tuple[int, ...], AdapterMix] | None = None
 
     def add_to(self, y: Tensor, x: Tensor, pool: RankPool, path: str = "") -> Tensor:
         """`y` [..., out] with every token's low-rank deltas added, from `x` [..., in]; `y` itself may be changed."""
+        flat_x = self._flat(x)
+        flat_y = y.view(-1, y.shape[-1])
+        if self._kernels and flat_x.dtype is flat_y.dtype is pool.a.dtype:
+            rows = self.rank_plan(pool.layout, path)
+            if rows.numel():
+                ops.add_ranks(flat_x.contiguous(), flat_y, [(pool.a, pool.b, rows)])
+            return y
         key = (pool.layout, path if self._by_layer else "")
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = self._plan(pool.layout, path)
-        if not plan:
-            return y
-        flat_x = self._flat(x)
-        flat_y = y.view(-1, y.shape[-1])
         for part in plan:
             if isinstance(part, _Masked) and isinstance(part.rows, slice) and (pair := pool.packed(part.rows)):
                 h = packed.linear(flat_x[part.start : part.stop], pair[0])
@@ -141,6 +151,19 @@ class AdapterMix:
                 target.add_(torch.mm(h, b))
         return y
 
+    def rank_plan(self, layout: Layout, path: str) -> Tensor:
+        """What `ops.add_ranks` does to a site with this layout; empty where it does nothing."""
+        key = (layout, path if self._by_layer else "")
+        plan = self._kernel_plans.get(key)
+        if plan is None:
+            runs = []
+            for run, spans in self._placed(layout, path):
+                parts = [(span.start, span.rank, weight * span.scaling) for span, weight in spans if weight]
+                if parts:
+                    runs.append((run.start, run.stop, parts))
+            plan = self._kernel_plans[key] = ops.rank_plan(runs)
+        return plan
+
     def sums(self, pool: VectorPool, path: str) -> Tensor | None:
         """Σ_p w_p v_p for every token, [tokens, features] in float32; None when no token of the step has a vector."""
         key = (pool.layout, path if self._by_layer else "")
@@ -171,7 +194,7 @@ class AdapterMix:
                 inside = [at for at, token in enumerate(tokens) if run.start <= token < run.stop]
                 if inside:
                     runs.append(Run(inside[0], inside[-1] + 1, run.parts))
-            self._subset = (tokens, AdapterMix(len(tokens), runs, self._dtype, self._device))
+            self._subset = (tokens, AdapterMix(len(tokens), runs, self._dtype, self._device, kernels=self._kernels))
         return self._subset[1]
 
     def _flat(self, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -70,19 +70,34 @@ class Sites:
 
     def place(self, key: str, form: ServingForm) -> None:
         """Copies one adapter to the device, under `key`."""
-        self.version += 1
+        for _ in self.placing(key, form):
+            pass
+
+    def placing(self, key: str, form: ServingForm) -> Iterator[int]:
+        """The same module by module: each step of the iterator fills one and says how many bytes it wrote there. Nobody
+        may use `key` before the end; `remove` takes away what there is of it."""
         for path in form.layers.keys() | (form.bottlenecks.keys() - self.norms.keys()):
-            layer = self.linears[path]
+            self.version += 1
+            layer, own = self.linears[path], form.layers.get(path)
             if layer.site is None:
                 layer.site = LinearSite(layer.in_features, layer.out_features, self.dtype, self.device)
-            layer.site.place(key, form.layers.get(path), form.bottlenecks.get(path))
+            pool = layer.site.pool
+            before = pool.bytes
+            layer.site.place(key, own, form.bottlenecks.get(path))
+            written = sum(tensor.nbytes for tensor in own.tensors()) if own is not None else 0
+            yield written + (before if pool.bytes > before else 0)  # a pool that grew was copied
         for path, table in form.tables.items():
+            self.version += 1
             self.tables[path].place(key, table)
+            yield sum(tensor.nbytes for tensor in table.tensors())
         for path in form.norms.keys() | (form.bottlenecks.keys() & self.norms.keys()):
+            self.version += 1
             self._place_norm(key, path, form.norms.get(path), form.bottlenecks.get(path))
+            yield 0
+        self.version += 1
         for index, prompt in form.attention.items():
             if self.prompts is None:
-                self.prompts = PromptStore(self.device)
+                self.prompts = PromptStore(self.device, self.backbone)
             self.prompts.place(key, index, prompt)
 
     def remove(self, key: str, form: ServingForm) -> None:
@@ -99,6 +114,8 @@ class Sites:
             if not self.prompts.used:
                 self.prompts = None
         for path in form.norms.keys() | (form.bottlenecks.keys() & self.norms.keys()):
+            if path not in self._mixed_norms:
+                continue  # a removal before it was whole
             self._mixed_norms[path].remove(key)
             self._norm_users[path].discard(key)
             if not self._norm_users[path]:

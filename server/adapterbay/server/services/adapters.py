@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -13,8 +14,9 @@ import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from adapterbay.registry import RegistryEvent
-from adapterbay.server.requests import Part
-from adapterbay.server.services.arms import resolve_now
+from adapterbay.registry.errors import AdapterbayError
+from adapterbay.server.requests import ArmSpec, Part
+from adapterbay.server.services.arms import named, resolve_arm
 from adapterbay.server.services.catalog import Catalog, Listing, read_page_size, read_token, write_token
 from adapterbay.server.services.ports import EnginePort
 from adapterbay.server.services.selection import Selected, read_reference
@@ -78,7 +80,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.LoadAdapterResponse:
         """Brings a version into memory. The load goes on if the caller leaves: others may wait for it too."""
         part = await self._resolve(request.adapter)
-        seconds = await _outcome(await asyncio.to_thread(self._adapters.load, part.digest))
+        with _naming(part):
+            seconds = await _outcome(await asyncio.to_thread(self._adapters.load, part.digest))
         return adapters_pb2.LoadAdapterResponse(adapter=await self._now(part), load_seconds=seconds)
 
     async def UnloadAdapter(
@@ -88,7 +91,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.UnloadAdapterResponse:
         """Gives a version's memory back, once the rows that run on it are done."""
         part = await self._resolve(request.adapter)
-        freed = await _outcome(await asyncio.to_thread(self._adapters.unload, part.digest))
+        with _naming(part):
+            freed = await _outcome(await asyncio.to_thread(self._adapters.unload, part.digest))
         return adapters_pb2.UnloadAdapterResponse(adapter=await self._now(part), freed_bytes=freed)
 
     async def PinAdapter(
@@ -98,9 +102,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.PinAdapterResponse:
         """Keeps a version in memory, loading it if need be, or lets it go again."""
         part = await self._resolve(request.adapter)
-        if request.pinned:
-            await _outcome(await asyncio.to_thread(self._adapters.load, part.digest))
-        await asyncio.to_thread(self._adapters.pin, part.digest, request.pinned)
+        with _naming(part):
+            if request.pinned:
+                await _outcome(await asyncio.to_thread(self._adapters.load, part.digest))
+            await asyncio.to_thread(self._adapters.pin, part.digest, request.pinned)
         return adapters_pb2.PinAdapterResponse(adapter=await self._now(part))
 
     async def WatchAdapters(
@@ -127,7 +132,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def _resolve(self, reference: str) -> Part:
         choice = read_reference(reference, "adapter")
-        return (await asyncio.to_thread(resolve_now, self._adapters, Selected((choice,)))).parts[0]
+        return (await asyncio.to_thread(resolve_arm, self._adapters, Selected((choice,)))).parts[0]
 
     async def _now(self, part: Part) -> adapters_pb2.Adapter:
         return await asyncio.to_thread(self._catalog.find, part.name, part.version)
@@ -155,6 +160,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             for adapter in self._catalog.with_digest(change.digest)
             if adapter.name.startswith(prefix)
         ]
+
+
+@contextlib.contextmanager
+def _naming(part: Part) -> Iterator[None]:
+    """Errors tell of a version by its name."""
+    try:
+        yield
+    except AdapterbayError as error:
+        raise named(error, [ArmSpec((part,))]) from error
 
 
 async def _outcome(future: Future[T]) -> T:

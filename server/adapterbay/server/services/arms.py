@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Iterable
 
-from adapterbay.registry.errors import InvalidArgument, InvalidReference, NotFound, TaskMismatch
+from adapterbay.registry.errors import (
+    AdapterbayError,
+    BaseMismatch,
+    Corrupted,
+    InvalidArgument,
+    InvalidReference,
+    NoEffect,
+    NotFound,
+    Rejected,
+    TaskMismatch,
+    UnsupportedMethod,
+    Untrusted,
+)
 from adapterbay.server.requests import ArmSpec, Part
 from adapterbay.server.services.ports import AdaptersPort
 from adapterbay.server.services.selection import Choice, Selected
 
-
-async def resolve_arm(adapters: AdaptersPort, selected: Selected) -> ArmSpec:
-    """The arm that a selection means now. The registry is asked on another thread."""
-    return await asyncio.to_thread(resolve_now, adapters, selected) if selected.choices else ArmSpec()
+OF_ADAPTERS = (BaseMismatch, Corrupted, NoEffect, Rejected, TaskMismatch, UnsupportedMethod, Untrusted)
+"""The errors that are some adapter's fault."""
 
 
-def resolve_now(adapters: AdaptersPort, selected: Selected) -> ArmSpec:
-    """Like `resolve_arm`, on this thread. Errors name the field that named the adapter."""
+def resolve_arm(adapters: AdaptersPort, selected: Selected) -> ArmSpec:
+    """The arm that a selection means now. May block. Errors name the field that named the adapter."""
     parts: list[Part] = []
     for choice in selected.choices:
         part = _resolve_choice(adapters, choice)
@@ -47,29 +57,44 @@ def _resolve_choice(adapters: AdaptersPort, choice: Choice) -> Part:
     )
 
 
+def named(error: AdapterbayError, arms: Iterable[ArmSpec]) -> AdapterbayError:
+    """The error with the adapter that it is about by name: in a call with several, nobody else could know which.
+
+    The engine knows contents by their digests; what they are called is the call's business.
+    """
+    parts = {f"{part.name}@{part.version}": part for arm in arms for part in arm.parts}
+    message = error.message
+    for name, part in parts.items():
+        message = message.replace(part.digest, f"{name} ({part.digest})")
+    if isinstance(error, OF_ADAPTERS) and not any(name in message for name in parts):
+        digest = error.metadata.get("adapter_digest")
+        who = [name for name, part in parts.items() if part.digest == digest] or list(parts)
+        message = f"{' + '.join(who)}: {message}" if who else message
+    return error if message == error.message else error.told(message)
+
+
 def require_head(arm: ArmSpec) -> None:
     """Refuses to classify with the base alone. Whether an adapter has a head, the engine checks."""
     if not arm.parts:
         raise TaskMismatch("The base alone has no classification head; name an adapter that brings one.")
 
 
-async def text_room(adapters: AdaptersPort, arm: ArmSpec, base_limit: int) -> int:
-    """Where `truncate` cuts texts to embed: what its adapters' virtual tokens leave of the base's context."""
+def text_room(adapters: AdaptersPort, arm: ArmSpec, base_limit: int) -> int:
+    """Where `truncate` cuts texts to embed: what its adapters' virtual tokens leave of the base's context.
 
-    def virtual_tokens() -> list[int]:
-        configs = [adapters.registry.manifest(part.digest).peft_config for part in arm.parts]
-        counts = [config.get("num_virtual_tokens") for config in configs]
-        return [count for count in counts if isinstance(count, int) and count > 0]
+    May block.
+    """
+    configs = [adapters.manifest(part.digest).peft_config for part in arm.parts]
+    counts = [config.get("num_virtual_tokens") for config in configs]
+    return max(base_limit - max((count for count in counts if isinstance(count, int) and count > 0), default=0), 1)
 
-    return max(base_limit - max(await asyncio.to_thread(virtual_tokens), default=0), 1)
 
+def text_limit(adapters: AdaptersPort, arm: ArmSpec, base_limit: int) -> int:
+    """Where `truncate` cuts texts to label: the shortest length its adapters were trained on, or `text_room`.
 
-async def text_limit(adapters: AdaptersPort, arm: ArmSpec, base_limit: int) -> int:
-    """Where `truncate` cuts texts to label: the shortest length its adapters were trained on, or `text_room`."""
-
-    def trained_lengths() -> list[int]:
-        manifests = [adapters.registry.manifest(part.digest) for part in arm.parts]
-        lengths = [(manifest.training or {}).get("max_length") for manifest in manifests]
-        return [length for length in lengths if isinstance(length, int) and length > 0]
-
-    return min([await text_room(adapters, arm, base_limit), *await asyncio.to_thread(trained_lengths)])
+    May block.
+    """
+    manifests = [adapters.manifest(part.digest) for part in arm.parts]
+    lengths = [(manifest.training or {}).get("max_length") for manifest in manifests]
+    trained = [length for length in lengths if isinstance(length, int) and length > 0]
+    return min([text_room(adapters, arm, base_limit), *trained])

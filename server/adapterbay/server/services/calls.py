@@ -11,6 +11,7 @@ from typing import Self
 
 from adapterbay.registry.errors import AdapterbayError, QueueFull
 from adapterbay.server.requests import ArmSpec, Delta, Event, Request, Result, Task
+from adapterbay.server.services.arms import named
 from adapterbay.server.services.ports import EnginePort
 
 WINDOW_ROWS = 32
@@ -26,8 +27,10 @@ class Call:
     Events wait in an unbounded queue, yet are bounded by what the rows may produce: `max_tokens` deltas each.
     """
 
-    def __init__(self, engine: EnginePort, time_remaining: float | None) -> None:
+    def __init__(self, engine: EnginePort, time_remaining: float | None, *, streams: bool = False) -> None:
+        """`streams`: whether anybody hears of deltas. Each would wake the event loop while the engine computes."""
         self._engine = engine
+        self._streams = streams
         self._loop = asyncio.get_running_loop()
         self._heard: asyncio.Queue[tuple[Key, Event]] = asyncio.Queue()
         self._open: dict[Key, Request] = {}
@@ -51,7 +54,10 @@ class Call:
             )
             for member, (arm, task) in enumerate(rows)
         }
-        self._engine.submit(list(requests.values()))
+        try:
+            self._engine.submit(list(requests.values()))
+        except AdapterbayError as error:
+            raise named(error, (arm for arm, _ in rows)) from error
         self._open.update(requests)  # before the loop can run _arrive: nothing was awaited since
 
     async def hear(self) -> tuple[Key, Event]:
@@ -73,6 +79,8 @@ class Call:
 
     def _tell(self, key: Key, event: Event) -> None:
         """Called on the engine's thread."""
+        if isinstance(event, Delta) and not self._streams:
+            return
         try:
             self._loop.call_soon_threadsafe(self._arrive, key, event)
         except RuntimeError:
@@ -80,7 +88,9 @@ class Call:
 
     def _arrive(self, key: Key, event: Event) -> None:
         if not isinstance(event, Delta):
-            self._open.pop(key, None)
+            request = self._open.pop(key, None)
+            if request is not None and isinstance(event, AdapterbayError):
+                event = named(event, [request.arm])
         self._heard.put_nowait((key, event))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from adapterbay.registry.errors import TaskMismatch
 from adapterbay.server.requests import (
@@ -21,7 +21,7 @@ from adapterbay.server.services.arms import require_head, resolve_arm, text_limi
 from adapterbay.server.services.calls import Call, RowSpec, run_groups
 from adapterbay.server.services.encode import Encoder
 from adapterbay.server.services.ports import EnginePort
-from adapterbay.server.services.selection import read_selection
+from adapterbay.server.services.selection import Selected, read_selection
 from adapterbay.server.services.validate import (
     check_comparison,
     read_conversation,
@@ -45,16 +45,15 @@ async def compare(
         _check_inputs(request)
         if engine.base.kind == "encoder":
             raise TaskMismatch("The base is an encoder and generates no text; it classifies and embeds.")
-        arms = [await resolve_arm(engine.adapters, selection) for selection in selections]
+        arms = await asyncio.to_thread(_resolved, engine, selections)
         if sampling.temperature > 0 and sampling.seed is not None:
             seed = sampling.seed
         groups = await asyncio.to_thread(_generation_groups, encoder, request, arms, sampling)
     else:
-        arms = [await resolve_arm(engine.adapters, selection) for selection in selections]
+        arms = await asyncio.to_thread(_resolved, engine, selections)
         for arm in arms:
             require_head(arm)
-        limits = [await text_limit(engine.adapters, arm, engine.base.max_length) for arm in arms]
-        groups = await asyncio.to_thread(_classification_groups, encoder, request, arms, limits)
+        groups = await asyncio.to_thread(_classification_groups, engine, encoder, request, arms)
     async for (input_index, arm_index), result in run_groups(call, groups):
         response = inference_pb2.CompareResponse(arm_index=arm_index, input_index=input_index, seed=seed)
         if isinstance(result, GenerateResult):
@@ -63,6 +62,10 @@ async def compare(
             response.classification.CopyFrom(messages.classification(result))
         response.provenance.CopyFrom(messages.provenance(engine.base, arms[arm_index], result.timings))
         yield response
+
+
+def _resolved(engine: EnginePort, selections: Sequence[Selected]) -> list[ArmSpec]:
+    return [resolve_arm(engine.adapters, selection) for selection in selections]
 
 
 def _seeded(task: inference_pb2.GenerateTask) -> SamplingSpec:
@@ -98,9 +101,10 @@ def _generation_groups(
 
 
 def _classification_groups(
-    encoder: Encoder, request: inference_pb2.CompareRequest, arms: list[ArmSpec], limits: list[int]
+    engine: EnginePort, encoder: Encoder, request: inference_pb2.CompareRequest, arms: list[ArmSpec]
 ) -> Groups:
     """Each arm cuts where Classify with that arm would, so that both give the same answer."""
+    limits = [text_limit(engine.adapters, arm, engine.base.max_length) for arm in arms]
     truncate = request.classify.truncate
     groups: Groups = []
     for index, entry in enumerate(request.inputs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import grpc.aio
 
@@ -31,7 +31,7 @@ from adapterbay.server.services.calls import Call, run_groups
 from adapterbay.server.services.comparison import compare
 from adapterbay.server.services.encode import Encoder
 from adapterbay.server.services.ports import EnginePort
-from adapterbay.server.services.selection import read_selection
+from adapterbay.server.services.selection import Selected, read_selection
 from adapterbay.server.services.validate import (
     GenerateMessage,
     read_conversation,
@@ -45,7 +45,15 @@ from adapterbay.v1 import inference_pb2, inference_pb2_grpc
 Req = TypeVar("Req")
 Res = TypeVar("Res")
 Context = grpc.aio.ServicerContext[Req, Res]
+Encoded = TypeVar("Encoded", covariant=True)
 TextResult = TypeVar("TextResult", ClassifyResult, ClassifyTokensResult, EmbedResult)
+
+
+class TextEncoder(Protocol[Encoded]):
+    """A method of `Encoder` for texts."""
+
+    def __call__(self, text: str, *, limit: int, truncate: bool, field: str) -> Encoded:
+        """What one text becomes."""
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -80,7 +88,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         context: Context[inference_pb2.GenerateStreamRequest, inference_pb2.GenerateStreamResponse],
     ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
         """Completes a prompt or a conversation and streams the text as it comes."""
-        with Call(self._engine, context.time_remaining()) as call:
+        with Call(self._engine, context.time_remaining(), streams=True) as call:
             arm, task = await self._generation(request)
             call.submit(0, [(arm, task)])
             prompt_tokens = len(task.prompt_ids)
@@ -108,11 +116,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.ClassifyResponse:
         """Labels texts with the classification head that the adapter brings."""
         with Call(self._engine, context.time_remaining()) as call:
-            texts = read_texts(request.texts)
-            arm = await resolve_arm(self._engine.adapters, read_selection(request))
-            require_head(arm)
-            limit = await text_limit(self._engine.adapters, arm, self._engine.base.max_length)
-            encoded = await self._encode_texts(texts, limit, request.truncate)
+            texts, selected = read_texts(request.texts), read_selection(request)
+            arm, encoded = await asyncio.to_thread(
+                self._encoded, selected, texts, request.truncate, self._encoder.text, labelled=True
+            )
             tasks = [ClassifyTask(token_ids=ids, truncated=cut) for ids, cut in encoded]
             results, timings = await self._run_texts(call, arm, tasks, ClassifyResult)
         return inference_pb2.ClassifyResponse(
@@ -127,15 +134,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.ClassifyTokensResponse:
         """Labels each token of texts with the head that the adapter brings."""
         with Call(self._engine, context.time_remaining()) as call:
-            texts = read_texts(request.texts)
-            arm = await resolve_arm(self._engine.adapters, read_selection(request))
-            require_head(arm)
-            limit = await text_limit(self._engine.adapters, arm, self._engine.base.max_length)
-            encoded = await asyncio.to_thread(
-                lambda: [
-                    self._encoder.spans(text, limit=limit, truncate=request.truncate, field=f"texts[{index}]")
-                    for index, text in enumerate(texts)
-                ]
+            texts, selected = read_texts(request.texts), read_selection(request)
+            arm, encoded = await asyncio.to_thread(
+                self._encoded, selected, texts, request.truncate, self._encoder.spans, labelled=True
             )
             tasks = [ClassifyTokensTask(token_ids=ids, truncated=cut) for ids, _, cut in encoded]
             results, timings = await self._run_texts(call, arm, tasks, ClassifyTokensResult)
@@ -155,10 +156,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Embeds texts by pooling the last hidden states."""
         with Call(self._engine, context.time_remaining()) as call:
             texts = read_texts(request.texts)
-            pooling = read_pooling(request.pooling)
-            arm = await resolve_arm(self._engine.adapters, read_selection(request))
-            limit = await text_room(self._engine.adapters, arm, self._engine.base.max_length)
-            encoded = await self._encode_texts(texts, limit, request.truncate)
+            pooling, selected = read_pooling(request.pooling), read_selection(request)
+            arm, encoded = await asyncio.to_thread(
+                self._encoded, selected, texts, request.truncate, self._encoder.text, labelled=False
+            )
             tasks = [
                 EmbedTask(token_ids=ids, pooling=pooling, normalize=request.normalize, truncated=cut)
                 for ids, cut in encoded
@@ -191,27 +192,30 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             require_prompt(request.prompt, "prompt")
         conversation = read_conversation(request.conversation, "conversation") if which == "conversation" else []
         require_generator(self._engine)
-        arm = await resolve_arm(self._engine.adapters, selected)
-        if which == "prompt":
-            ids = await asyncio.to_thread(self._encoder.prompt, request.prompt, "prompt")
-        else:
-            ids = await asyncio.to_thread(self._encoder.conversation, conversation, "conversation")
+
+        def prepare() -> tuple[ArmSpec, tuple[int, ...]]:
+            arm = resolve_arm(self._engine.adapters, selected)
+            if which == "prompt":
+                return arm, self._encoder.prompt(request.prompt, "prompt")
+            return arm, self._encoder.conversation(conversation, "conversation")
+
+        arm, ids = await asyncio.to_thread(prepare)  # one turn on another thread, for each of them takes its time
         # Whoever asked for no number gets what the engine finds left, virtual tokens counted in.
         self._encoder.new_tokens(len(ids), sampling.max_tokens, "sampling.max_tokens")
         return arm, GenerateTask(prompt_ids=ids, sampling=sampling)
 
-    async def _encode_texts(
-        self, texts: Sequence[str], limit: int, truncate: bool
-    ) -> list[tuple[tuple[int, ...], bool]]:
-        """All texts at once, so that a bad one is refused before anything runs."""
-
-        def encode() -> list[tuple[tuple[int, ...], bool]]:
-            return [
-                self._encoder.text(text, limit=limit, truncate=truncate, field=f"texts[{index}]")
-                for index, text in enumerate(texts)
-            ]
-
-        return await asyncio.to_thread(encode)
+    def _encoded(
+        self, selected: Selected, texts: Sequence[str], truncate: bool, encode: TextEncoder[Encoded], *, labelled: bool
+    ) -> tuple[ArmSpec, list[Encoded]]:
+        """The arm, and all texts at once, so that a bad one is refused before anything runs. May block."""
+        arm = resolve_arm(self._engine.adapters, selected)
+        if labelled:
+            require_head(arm)
+        limit_of = text_limit if labelled else text_room
+        limit = limit_of(self._engine.adapters, arm, self._engine.base.max_length)
+        return arm, [
+            encode(text, limit=limit, truncate=truncate, field=f"texts[{index}]") for index, text in enumerate(texts)
+        ]
 
     async def _run_texts(
         self, call: Call, arm: ArmSpec, tasks: Sequence[Task], kind: type[TextResult]

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from adapterbay.base.text import Tokenizer
 from adapterbay.registry import Registry, Resolved
+from adapterbay.registry.manifest import Manifest
 from adapterbay.server.requests import Request
 
 
@@ -25,7 +26,7 @@ class BasePort(Protocol):
 
     @property
     def quantization(self) -> str:
-        """`none`, `nf4` or `int8`."""
+        """`none`, `nf4`, `int8`, `int4` or `int8-bnb`."""
 
     @property
     def kind(self) -> str:
@@ -85,6 +86,9 @@ class AdaptersPort(Protocol):
 
     def resolve(self, reference: str) -> Resolved:
         """What a reference means now. Raises NotFound with near names. May block."""
+
+    def manifest(self, digest: str) -> Manifest:
+        """The manifest of a version, kept once it was read. Raises NotFound or Corrupted. May block."""
 
     def load(self, digest: str) -> Future[float]:
         """Brings a version into memory; the future holds the seconds it took, or an AdapterbayError."""

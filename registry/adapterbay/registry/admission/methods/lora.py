@@ -115,6 +115,10 @@ def initialisation(settings: Settings) -> str | None:
 
 def variant(settings: Settings) -> str | None:
     """Which field turns on a variant; None: none does. Raises UnsupportedMethod for two, as PEFT does."""
+    return settings.once(_variant)
+
+
+def _variant(settings: Settings) -> str | None:
     on = [key for key in _VARIANTS if _is_on(settings, key)]
     if settings.config.get("init_lora_weights") == "mica":
         on.append("init_lora_weights")

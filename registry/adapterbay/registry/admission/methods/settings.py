@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NoReturn, TypeVar
 
 from adapterbay.registry.admission.patterns import ModulePatterns, SearchPatterns, Targets
 from adapterbay.registry.errors import Rejected, UnsupportedMethod
 
 MAX_NUMBER: Final = 1e9
+
+T = TypeVar("T")
 
 
 def refuse(key: str, value: Any, wanted: str) -> NoReturn:
@@ -35,6 +37,7 @@ class Settings:
         self._patterns: dict[str, ModulePatterns] = {}
         self._searches: dict[str, SearchPatterns] = {}
         self._targets: Targets | None = None
+        self._known: dict[Callable[[Settings], Any], Any] = {}
 
     @property
     def targets(self) -> Targets:
@@ -42,6 +45,13 @@ class Settings:
         if self._targets is None:
             self._targets = Targets(self.config)
         return self._targets
+
+    def once(self, read: Callable[[Settings], T]) -> T:
+        """What `read` makes of these settings, for something that is asked on every module. It is not read twice."""
+        if read not in self._known:
+            self._known[read] = read(self)
+        found: T = self._known[read]
+        return found
 
     def integer(self, key: str, default: int, *, least: int = 1, most: int = 2**31) -> int:
         """A whole number from `least` to `most`."""

@@ -26,6 +26,7 @@ struct Ahead {
   const char* at = nullptr;
   const char* end = nullptr;
   int64_t wait = 0;  // steps to go: what comes too early is gone again when it is needed
+  bool fresh = true;  // whether this tile is the first to go past its panels: then it asks for those behind them
   inline void step() {
 #ifdef ADAPTERBAY_AVX512
     if (--wait >= 0) return;
@@ -68,7 +69,7 @@ inline void tile(const Product& g, int64_t row, int64_t panel, Ahead& ahead) {
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
       wv[p] = (__m512bh)_mm512_loadu_si512(w + p * next + k * 32);
-      _mm_prefetch((const char*)(w + p * next + k * 32) + 2048, _MM_HINT_T0);
+      if (ahead.fresh) _mm_prefetch((const char*)(w + (p + P) * next + k * 32), _MM_HINT_T1);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
@@ -107,17 +108,15 @@ inline Tile tile_of(int rows, bool two) {
   return two ? both[rows] : one[rows];
 }
 
-// Runs `tile(rows, two panels)(row, panel, ahead)` over all outputs. `soon`: what each thread will read next, or empty;
-// `steps`: of a tile's inner loop. `wide`: more than 16 rows are cut into tiles of 12 by two panels, else of 16 by one.
+// Runs `tile(rows, two panels)(row, panel, ahead)` over all outputs, `height` rows by `width` panels at a time. `soon`:
+// what each thread will read next, or empty; `steps`: of a tile's inner loop.
 template <class F>
-inline void over_tiles(int64_t rows, int64_t out, int64_t steps, bool wide, const std::vector<std::vector<Range>>& soon, F tile) {
+inline void over_tiles(int64_t rows, int64_t out, int64_t steps, int64_t height, int64_t width, const std::vector<std::vector<Range>>& soon, F tile) {
   const int64_t panels = out / kPanel;
-  // Up to 16 rows go past a panel together, so that it is read once.
-  const bool few = rows <= 16;
-  const int64_t height = few ? rows : wide ? kWide : 16;
-  const int64_t width = (!few && wide) || rows <= 8 ? 2 : 1;
-  const int64_t chunk = few ? rows : 8 * kWide;  // rows of one task
+  const int64_t chunk = std::max<int64_t>(1, 8 * kWide / height) * height;  // rows of one task, past which a panel goes once
   const int64_t chunks = (rows + chunk - 1) / chunk, columns = (panels + width - 1) / width;
+  // Of many rows each thread takes its own past all panels, which its cache keeps; otherwise a panel is read once.
+  const bool many = chunks >= 4 * at::get_num_threads();
   at::parallel_for(0, chunks * columns, 1, [&](int64_t begin, int64_t end) {
     Ahead ahead;
     const size_t thread = size_t(at::get_thread_num());
@@ -128,10 +127,13 @@ inline void over_tiles(int64_t rows, int64_t out, int64_t steps, bool wide, cons
       for (const Range& range : soon[thread]) ahead.wait -= (range.end - range.begin) / 64 + 1;
     }
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t panel = task / chunks * width, top = task % chunks * chunk;
+      const int64_t panel = (many ? task % columns : task / chunks) * width;
+      const int64_t top = (many ? task / columns : task % chunks) * chunk;
       const bool two = width == 2 && panel + 1 < panels;
-      for (int64_t row = top; row < std::min(rows, top + chunk); row += height)
+      for (int64_t row = top; row < std::min(rows, top + chunk); row += height) {
+        ahead.fresh = row == top;
         tile(int(std::min({height, rows - row, top + chunk - row})), two, row, panel, ahead);
+      }
     }
   });
 }

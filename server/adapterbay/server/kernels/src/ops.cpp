@@ -1,156 +1,13 @@
 // The operators, each a thin shell of checks around a kernel.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include "attention.h"
-#include "gemm.h"
-#include "gemm8.h"
-#include "low_rank.h"
+#include "products.h"
 #include "rows.h"
 
 namespace adapterbay {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-template <class T>
-T* ptr(const Tensor& t) { return reinterpret_cast<T*>(t.data_ptr()); }
-template <class T>
-T* ptr(const OptionalTensor& t) { return t.has_value() ? ptr<T>(*t) : nullptr; }
-
-template <class F>
-void by_type(const Tensor& like, F f) {
-  if (like.scalar_type() == at::kBFloat16) f(bf16{});
-  else {
-    TORCH_CHECK(like.scalar_type() == at::kFloat, "adapterbay kernels compute in float32 and bfloat16");
-    f(float{});
-  }
-}
-
-void check(const Tensor& t, const Tensor& like, int64_t dim, const char* name) {
-  TORCH_CHECK(t.dim() == dim && t.is_contiguous() && t.scalar_type() == like.scalar_type() && t.is_cpu(), name,
-              ": a contiguous CPU tensor of ", dim, " dimensions in ", like.scalar_type(), " is expected");
-}
-
-void check_rows(const Tensor& t, const Tensor& like, const char* name) {
-  TORCH_CHECK(t.dim() == 2 && t.stride(1) == 1 && t.scalar_type() == like.scalar_type() && t.is_cpu(), name,
-              ": rows of ", like.scalar_type(), " are expected");
-}
-
-// Rows are few and short in decoding: a region of threads would cost more than they do.
-template <class F>
-void rows(int64_t count, int64_t width, F f) {
-  at::parallel_for(0, count, std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1)),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t i = begin; i < end; ++i) f(i);
-                   });
-}
-
-// The sites of `ranks`, (a, b, plan) for each, that add to y's columns side by side.
-template <class T>
-std::vector<RankSite<T>> sites_of(const Tensor& x, Tensor& y, at::TensorList ranks) {
-  std::vector<RankSite<T>> sites;
-  int64_t column = 0;
-  for (size_t i = 0; i + 2 < ranks.size(); i += 3) {
-    const Tensor &a = ranks[i], &b = ranks[i + 1], &plan = ranks[i + 2];
-    check(a, y, 2, "a");
-    check(b, y, 2, "b");
-    TORCH_CHECK(a.size(0) == b.size(0) && a.size(1) == x.size(1) && column + b.size(1) <= y.size(1),
-                "a site's factors do not fit");
-    TORCH_CHECK(plan.scalar_type() == at::kInt && plan.is_contiguous(), "a plan is int32");
-    if (plan.numel() > 0) {
-      RankPlan read{plan.data_ptr<int32_t>()};
-      const int64_t runs = read.data[0], spans = plan.numel() > 1 ? read.data[1] : -1;
-      TORCH_CHECK(runs >= 0 && spans >= 0 && plan.numel() == 2 + 4 * runs + 3 * spans, "a plan is cut off");
-      for (int64_t r = 0; r < runs; ++r) {
-        const int32_t* run = read.run(r);
-        TORCH_CHECK(0 <= run[0] && run[0] <= run[1] && run[1] <= x.size(0) && 0 <= run[2] && run[2] <= run[3] &&
-                        run[3] <= spans,
-                    "a plan's run is wrong");
-      }
-      for (int64_t s = 0; s < spans; ++s) {
-        const int32_t* span = read.span(s);
-        TORCH_CHECK(span[0] >= 0 && span[1] >= 0 && span[0] + span[1] <= a.size(0), "a plan's span is wrong");
-      }
-      sites.push_back({ptr<T>(x), x.stride(0), ptr<T>(y) + column, y.stride(0), ptr<T>(a), ptr<T>(b), x.size(1),
-                       b.size(1), read});
-    }
-    column += b.size(1);
-  }
-  return sites;
-}
-
-void add_ranks(const Tensor& x, Tensor& y, at::TensorList ranks) {
-  if (ranks.empty()) return;
-  check_rows(x, y, "x");
-  check_rows(y, y, "y");
-  by_type(x, [&](auto kind) { LowRank<decltype(kind)>(sites_of<decltype(kind)>(x, y, ranks)).run(); });
-}
-
-void check_product(const Tensor& x, const OptionalTensor& bias, int64_t in, int64_t out) {
-  check_rows(x, x, "x");
-  TORCH_CHECK(x.size(1) == in, "x has ", x.size(1), " columns, the weight takes ", in);
-  TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == out && bias->scalar_type() == x.scalar_type()),
-              "the bias is wrong");
-}
-
-Tensor product16(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::TensorList ranks) {
-  const int64_t in = 2 * weight.size(1), out = kPanel * weight.size(0), count = x.size(0);
-  check_product(x, bias, in, out);
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16, "bfloat16 is expected");
-  Tensor y = at::empty({count, out}, x.options());
-  const LowRank<bf16> deltas(sites_of<bf16>(x, y, ranks));
-  const Product g{ptr<bf16>(x), x.stride(0), ptr<bf16>(weight), ptr<bf16>(bias), ptr<bf16>(y), out, in};
-  over_tiles(count, out, in / 2, true, deltas.reads(), [&](int rows, bool two, int64_t row, int64_t panel, Ahead& ahead) {
-    tile_of(rows, two)(g, row, panel, ahead);
-  });
-  deltas.run();
-  return y;
-}
-
-Tensor product8(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::TensorList ranks) {
-  const int64_t in = 4 * (weight.size(1) - 2), out = kPanel * weight.size(0), count = x.size(0);
-  check_product(x, bias, in, out);
-  Tensor y = at::empty({count, out}, x.options());
-  std::vector<uint8_t> quantized(size_t(count * in));
-  std::vector<float> scales(static_cast<size_t>(count));
-  by_type(x, [&](auto kind) {
-    using T = decltype(kind);
-    rows(count, 2 * in, [&](int64_t i) {
-      quantize_row(ptr<T>(x) + i * x.stride(0), quantized.data() + i * in, &scales[i], in);
-    });
-    const LowRank<T> deltas(sites_of<T>(x, y, ranks));
-    const Product8<T> g{quantized.data(), scales.data(), ptr<int8_t>(weight), ptr<T>(bias), ptr<T>(y), out, in};
-    over_tiles(count, out, in / 4, false, deltas.reads(), [&](int tall, bool two, int64_t row, int64_t panel, Ahead& ahead) {
-      tile8_of<T>(tall, two)(g, row, panel, ahead);
-    });
-    deltas.run();
-  });
-  return y;
-}
-
-// x Wᵀ + bias with the low-rank deltas. Weights of four dimensions are in this room's layout; others are torch's matter.
-Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::TensorList ranks = {}) {
-  if (weight.dim() != 4) {
-    Tensor y = at::linear(x, weight, bias);
-    add_ranks(x, y, ranks);
-    return y;
-  }
-  TORCH_CHECK(weight.is_contiguous() && weight.is_cpu() && weight.size(2) == kPanel, "the weight is wrong");
-  if (weight.scalar_type() == at::kChar) {
-    TORCH_CHECK(weight.size(3) == 4 && weight.size(1) > 2, "the weight is wrong");
-    return product8(x, weight, bias, ranks);
-  }
-  TORCH_CHECK(weight.size(3) == 2, "the weight is wrong");
-  return product16(x, weight, bias, ranks);
-}
-
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) { return product(x, weight, bias); }
 
 void rms_norm(const Tensor& x, const Tensor& weight, double eps, Tensor& out) {
   check_rows(x, x, "x");
@@ -348,7 +205,17 @@ bool native_bf16() {
 #endif
 }
 
+// Whether it multiplies numbers of eight bits and sums the products itself.
+bool native_int8() {
+#if defined(ADAPTERBAY_AVX512) && defined(__AVX512VNNI__)
+  return true;
+#else
+  return false;
+#endif
+}
+
 TORCH_LIBRARY(adapterbay, m) {
+  m.def("native_int8() -> bool", &native_int8);
   m.def("native_bf16() -> bool", &native_bf16);
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("add_rms_norm(Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");

@@ -1,0 +1,44 @@
+"""Whether a form can be computed with: what an adapter's files hold is checked by admission, what follows from them and
+the base is checked here. One infinity in a pool that rows share would be NaN in every row, since 0 · ∞ is NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from adapterbay.registry.errors import Rejected
+from adapterbay.server.adapters.forms import ServingForm
+
+
+def check_finite(form: ServingForm, dtype: torch.dtype) -> None:
+    """Raises Rejected (NOT_FINITE) unless every number of the form is finite in `dtype`, the base's."""
+    for where, tensor in _numbers(form):
+        if not finite(tensor, dtype):
+            raise Rejected(
+                f"The {form.manifest.peft_type} adapter gives {where} values that are no finite numbers in the base's "
+                f"{str(dtype).removeprefix('torch.')}: its tensors are too large, or not of this base.",
+                reason="NOT_FINITE",
+                metadata={"module": where},
+            )
+
+
+def finite(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all of a tensor is finite once it is rounded to `dtype`. Whole numbers always are."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.stack(tensor.aminmax()).to(dtype).isfinite().all())  # NaN is both the least and the largest
+
+
+def _numbers(form: ServingForm) -> Iterator[tuple[str, Tensor]]:
+    """All of a form but its head, which comes from the files as it is and stays in float32."""
+    for kind in (form.layers, form.norms, form.tables, form.bottlenecks, form.attention):
+        for path, part in kind.items():
+            for tensor in part.tensors():
+                yield str(path), tensor
+    for path, low_rank in form.low_ranks():
+        yield path, torch.tensor(low_rank.scaling)
+    if form.virtual is not None:
+        for tensor in form.virtual.tensors():
+            yield "its virtual tokens", tensor
