@@ -371,7 +371,7 @@ class Provenance(_message.Message):
     base_fingerprint: _builtins.str
     """"sha256:" and 64 hex digits over the base's config, weights, tokenizer and chat template."""
     quantization: _builtins.str
-    """How the base is held: "none", "nf4" or "int8"."""
+    """How the base is held: "none", "nf4", "int8", "int4" or "int8-bnb"."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterUse]:
         """The adapters that took part, in the order the request named them; empty when the base answered alone."""

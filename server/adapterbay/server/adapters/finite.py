@@ -3,7 +3,7 @@ the base is checked here. One infinity in a pool that rows share would be NaN in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,21 +14,27 @@ from adapterbay.server.adapters.forms import ServingForm
 
 def check_finite(form: ServingForm, dtype: torch.dtype) -> None:
     """Raises Rejected (NOT_FINITE) unless every number of the form is finite in `dtype`, the base's."""
-    for where, tensor in _numbers(form):
-        if not finite(tensor, dtype):
-            raise Rejected(
-                f"The {form.manifest.peft_type} adapter gives {where} values that are no finite numbers in the base's "
-                f"{str(dtype).removeprefix('torch.')}: its tensors are too large, or not of this base.",
-                reason="NOT_FINITE",
-                metadata={"module": where},
-            )
+    numbers = list(_numbers(form))
+    if finite((tensor for _, tensor in numbers), dtype):
+        return
+    where = next(where for where, tensor in numbers if not finite([tensor], dtype))
+    raise Rejected(
+        f"The {form.manifest.peft_type} adapter gives {where} values that are no finite numbers in the base's "
+        f"{str(dtype).removeprefix('torch.')}: its tensors are too large, or not of this base.",
+        reason="NOT_FINITE",
+        metadata={"module": where},
+    )
 
 
-def finite(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all of a tensor is finite once it is rounded to `dtype`. Whole numbers always are."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return bool(torch.stack(tensor.aminmax()).to(dtype).isfinite().all())  # NaN is both the least and the largest
+def finite(tensors: Iterable[Tensor], dtype: torch.dtype) -> bool:
+    """Whether all that tensors hold is finite once it is rounded to `dtype`. Whole numbers always are."""
+    extremes = [
+        extreme.float()
+        for tensor in tensors
+        if tensor.is_floating_point() and tensor.numel()
+        for extreme in tensor.aminmax()  # NaN is both the least and the largest
+    ]
+    return not extremes or bool(torch.stack(extremes).to(dtype).isfinite().all())
 
 
 def _numbers(form: ServingForm) -> Iterator[tuple[str, Tensor]]:
@@ -37,8 +43,9 @@ def _numbers(form: ServingForm) -> Iterator[tuple[str, Tensor]]:
         for path, part in kind.items():
             for tensor in part.tensors():
                 yield str(path), tensor
-    for path, low_rank in form.low_ranks():
-        yield path, torch.tensor(low_rank.scaling)
+    scalings = [low_rank.scaling for _, low_rank in form.low_ranks()]
+    if scalings:
+        yield "its low-rank deltas", torch.tensor(scalings)
     if form.virtual is not None:
         for tensor in form.virtual.tensors():
             yield "its virtual tokens", tensor
