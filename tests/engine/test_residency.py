@@ -22,6 +22,7 @@ from zoo import Zoo
 from adapterbay.registry import Manifest, Registry
 from adapterbay.registry.errors import BaseMismatch, Corrupted, InvalidArgument, Unavailable
 from adapterbay.server.adapters.forms import LinearForm, ServingForm
+from adapterbay.server.adapters.loaders import beside, loading_threads
 from adapterbay.server.adapters.residency import HostMemory, Residency, Resident
 from adapterbay.server.adapters.tally import Histogram
 from adapterbay.server.trim import trim
@@ -331,3 +332,41 @@ def test_what_is_unloaded_is_gone_at_once(own: Zoo, tmp_path: Path) -> None:
             assert not [tensor for tensor in tensors if tensor() is not None]
         finally:
             gc.enable()
+
+
+def test_work_beside_a_load_is_done_wherever_there_is_a_thread() -> None:
+    """On a free thread, on the asking one when all are busy or the executor is closing; errors reach who waits."""
+    with loading_threads(2) as executor:
+        finish = beside(executor, seen := Seen())
+        assert seen.called.wait(SECONDS)
+        finish()
+        assert len(seen.threads) == 1
+        assert seen.threads != [threading.current_thread().name]
+        busy, go_on = threading.Barrier(3), threading.Event()
+        for _ in range(2):
+            executor.submit(lambda: (busy.wait(SECONDS), go_on.wait(SECONDS)))
+        busy.wait(SECONDS)
+        finish = beside(executor, alone := Seen())
+        finish()
+        assert alone.threads == [threading.current_thread().name]
+        go_on.set()
+
+        def fail() -> None:
+            raise Corrupted("altered")
+
+        with pytest.raises(Corrupted, match="altered"):
+            beside(executor, fail)()
+    beside(executor, late := Seen())()
+    assert late.threads == [threading.current_thread().name]
+
+
+class Seen:
+    """Which threads have called it."""
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+        self.called = threading.Event()
+
+    def __call__(self) -> None:
+        self.threads.append(threading.current_thread().name)
+        self.called.set()

@@ -132,6 +132,7 @@ def admit(
         virtual_tokens=virtual,
         initialisation=initialisation(settings) if method.peft_type == "LORA" else None,
         invocation=settings.integers("alora_invocation_tokens") if method.peft_type == "LORA" else (),
+        entries=header.tensors,
     )
 
 

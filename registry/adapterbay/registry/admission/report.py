@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from adapterbay.registry.admission.places import Kind, Place
+from adapterbay.registry.admission.safetensors_file import TensorInfo
 
 PREFIX: Final = "base_model.model."
 """Before the names of modules, except with virtual tokens, where it is `base_model.`."""
@@ -134,7 +135,8 @@ class AdmissionReport:
     `modules` are those with LoRA, empty for other methods; `sites`, `shared` and the rest are as in `Matched`, for
     every method. `rank` is the largest over the modules, 0 where there is none; `parameters` counts every value, head
     included. `virtual_tokens` are positions before the text. `initialisation` is pissa, olora or loftq where the
-    tensors belong to a base that was changed so; `invocation` are the tokens from which on an aLoRA is on.
+    tensors belong to a base that was changed so; `invocation` are the tokens from which on an aLoRA is on. `entries`
+    says where each tensor lies in the weights file.
     """
 
     peft_type: str
@@ -152,6 +154,7 @@ class AdmissionReport:
     virtual_tokens: int = 0
     initialisation: str | None = None
     invocation: tuple[int, ...] = ()
+    entries: Mapping[str, TensorInfo] = field(default_factory=dict, repr=False)
 
     @property
     def plain(self) -> bool:

@@ -115,11 +115,19 @@ class BlobStore:
         return self.path(digest)
 
     def read(self, digest: str, size: int | None, what: str) -> bytes:
-        """The blob's bytes, checked as they were read, once. Raises as `check` does."""
-        with self._opened(digest, size, what) as file:
-            data = file.read()
-        self._compare(digest_bytes(data), digest, what)
+        """The blob's bytes, read once and then checked. Raises as `check` does."""
+        data = self.read_unchecked(digest, size, what)
+        self.verify(data, digest, what)
         return data
+
+    def read_unchecked(self, digest: str, size: int | None, what: str) -> bytes:
+        """What lies where the blob should. Raises Corrupted if it cannot be read or has another size."""
+        with self._opened(digest, size, what) as file:
+            return file.read()
+
+    def verify(self, data: bytes, digest: str, what: str) -> None:
+        """Raises Corrupted unless the bytes have this digest."""
+        self._compare(digest_bytes(data), digest, what)
 
     @contextmanager
     def _opened(self, digest: str, size: int | None, what: str) -> Iterator[BinaryIO]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from adapterbay.registry.digest import is_digest
@@ -26,6 +27,21 @@ from adapterbay.registry.views import (
     Snapshot,
     VersionRecord,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The files of a version by path, as they were read. Nobody may act on them before `verify` has returned; what only
+    looks at them may run meanwhile, for it takes the time of reading them."""
+
+    manifest: Manifest
+    files: Mapping[str, bytes]
+    blobs: BlobStore
+
+    def verify(self) -> None:
+        """Compares every file with its digest. Raises Corrupted naming file and digest."""
+        for entry in self.manifest.files:
+            self.blobs.verify(self.files[entry.path], entry.digest, entry.path)
 
 
 class Reader:
@@ -64,13 +80,14 @@ class Reader:
                     raise unknown_version(db, *deleted[-1][:2])
                 raise NotFound(f"No version in the registry has the digest {digest}.")
 
-    def contents(self, manifest: Manifest) -> dict[str, bytes]:
-        """The files of a version, by path: each read into memory once, and checked as it was read.
+    def contents(self, manifest: Manifest) -> Contents:
+        """The files of a version in memory, each read once; `Contents.verify` then says whether they are intact.
 
-        Raises NotFound if the version was deleted since, or Corrupted naming file and digest.
+        Raises NotFound if the version was deleted since, or Corrupted for what cannot be read.
         """
         self._check_known(manifest.digest)
-        return {entry.path: self.blobs.read(entry.digest, entry.size, entry.path) for entry in manifest.files}
+        files = {e.path: self.blobs.read_unchecked(e.digest, e.size, e.path) for e in manifest.files}
+        return Contents(manifest, files, self.blobs)
 
     def open_snapshot(self, digest: str) -> Snapshot:
         """The files of a version, each read and checked now. Raises NotFound, or Corrupted naming file and digest."""

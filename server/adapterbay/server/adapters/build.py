@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from adapterbay.registry import AdmissionReport, Manifest, admit
@@ -25,6 +24,7 @@ from adapterbay.server.adapters.forms import (
     ServingForm,
     TableForm,
 )
+from adapterbay.server.adapters.views import tensor_views
 from adapterbay.server.convert.attention import attention_prompt, attention_prompt_behind
 from adapterbay.server.convert.effect import has_effect
 from adapterbay.server.convert.lora import dora_form, embedding_factors, lora_form
@@ -52,7 +52,7 @@ def build_form(manifest: Manifest, files: Mapping[str, bytes], model: ServingMod
         files, model.base.files.tensor_shapes(), base_config=model.base.files.config, labels=manifest.labels or None
     )
     with torch.no_grad():
-        return _Builder(manifest, report, load_safetensors(files[WEIGHTS_FILE]), model).build()
+        return _Builder(manifest, report, tensor_views(files[WEIGHTS_FILE], report.entries), model).build()
 
 
 class _Builder:

@@ -32,9 +32,14 @@ def finite(tensors: Iterable[Tensor], dtype: torch.dtype) -> bool:
         extreme.float()
         for tensor in tensors
         if tensor.is_floating_point() and tensor.numel()
-        for extreme in tensor.aminmax()  # NaN is both the least and the largest
+        for extreme in _as_stored(tensor).aminmax()  # NaN is both the least and the largest
     ]
     return not extremes or bool(torch.stack(extremes).to(dtype).isfinite().all())
+
+
+def _as_stored(tensor: Tensor) -> Tensor:
+    """The same numbers in their own order: a transposed matrix is read three times slower."""
+    return tensor.t() if tensor.dim() == 2 and tensor.stride(0) == 1 else tensor
 
 
 def _numbers(form: ServingForm) -> Iterator[tuple[str, Tensor]]:

@@ -9,6 +9,7 @@ number is set back before anybody else can have seen it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -30,6 +31,23 @@ def loading_threads(count: int) -> ThreadPoolExecutor:
         setting_back.start()
         setting_back.join()
     return executor
+
+
+def beside(executor: ThreadPoolExecutor, work: Callable[[], None]) -> Callable[[], None]:
+    """Has `work` done on a free thread of an executor whose thread this is. What is returned waits for it, or does it
+    where no thread was free, and raises what it raised."""
+    try:
+        begun = executor.submit(work)
+    except RuntimeError:  # the executor takes nothing any more: it is waiting for this thread to end
+        return work
+
+    def finish() -> None:
+        if begun.cancel():
+            work()
+        else:
+            begun.result()
+
+    return finish
 
 
 def _compute_alone() -> None:

@@ -149,8 +149,12 @@ class AdapterManager:
         if self._trust is not None:
             snapshot = self.registry.open_snapshot(digest)
             self._trust.check(snapshot, snapshot.signature)
-        files = self.registry.contents(manifest)
-        form = build_form(manifest, files, self._model)
+        contents = self.registry.contents(manifest)
+        intact = self.memory.meanwhile(contents.verify)
+        try:
+            form = build_form(manifest, contents.files, self._model)
+        finally:
+            intact()  # files that were altered are told as that, whatever else is wrong with them
         if self._model.seq2seq is not None and form.invocation is not None:
             raise UnsupportedMethod(
                 "Activated adapters are not served on an encoder-decoder: their invocation tokens are in the text, and "

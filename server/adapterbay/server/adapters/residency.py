@@ -21,9 +21,9 @@ from enum import Enum
 from adapterbay.registry.errors import AdapterbayError, EngineFault, InvalidArgument, Unavailable
 from adapterbay.server.adapters.events import Listeners
 from adapterbay.server.adapters.forms import ServingForm
-from adapterbay.server.adapters.loaders import loading_threads
+from adapterbay.server.adapters.loaders import beside, loading_threads
 from adapterbay.server.adapters.tally import HostCounts, HostTally
-from adapterbay.server.trim import trim
+from adapterbay.server.trim import Trimmer
 
 
 class Residency(Enum):
@@ -105,7 +105,7 @@ class HostMemory:
         self._executor = loading_threads(threads)
         self._loads_under_way = 0
         self._closed = False
-        self._trimming = False
+        self._trimmer = Trimmer()
         self.listeners = Listeners()
         self.tally = HostTally()
 
@@ -117,6 +117,7 @@ class HostMemory:
             self._loads_under_way += len(waiting)
         for resident in waiting:
             self._failed(resident, Unavailable("The server is stopping."))
+        self._trimmer.close()
         self._executor.shutdown(wait=True)
 
     def hold(self, digest: str) -> Resident:
@@ -179,14 +180,12 @@ class HostMemory:
     def emptied(self, resident: Resident) -> None:
         """The device is free of a resident that has left, which was the last to need its form.
 
-        What was unloaded on demand goes back to the system, soon, on a loading thread; what gave way to another adapter
-        is kept for that one.
+        What was unloaded on demand goes back to the system a little later, with what is unloaded until then; what gave
+        way to another adapter is kept for that one.
         """
         resident.form = None
-        with self._lock:
-            if resident.unloaded and not self._trimming and not self._closed:
-                self._trimming = True
-                self._executor.submit(self._trim)
+        if resident.unloaded:
+            self._trimmer.soon()
 
     def pin(self, digest: str, pinned: bool) -> None:
         """Keeps a digest in host memory whatever the load (loading it if need be), or lets it go again.
@@ -264,10 +263,9 @@ class HostMemory:
         """The most that loaded and loading adapters may take together."""
         return self._budget
 
-    def _trim(self) -> None:
-        with self._lock:
-            self._trimming = False  # what is freed from here on needs another one
-        trim()
+    def meanwhile(self, work: Callable[[], None]) -> Callable[[], None]:
+        """For a loading thread: see `beside`."""
+        return beside(self._executor, work)
 
     def _expected(self, digest: str) -> int:
         """What a digest takes in memory: as it was seen, or else as its files are."""
