@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from suite.field import OURS, material
 from suite.measure import Bench, Ratio, say
