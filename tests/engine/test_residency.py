@@ -325,6 +325,7 @@ def test_an_adapter_of_another_base_is_refused_with_both_fingerprints(own: Zoo, 
         assert caught.value.actual != ours
         assert ours in caught.value.message
         assert caught.value.actual in caught.value.message
+        assert f"--base {other}" in caught.value.message or "--base folder:" in caught.value.message
         assert len(harness.generate(None, [30, 31, 32], 2).generated().token_ids) == 2
 
 

@@ -104,7 +104,8 @@ class AdapterManager:
         if manifest.base_fingerprint != ours:
             mismatch = BaseMismatch(
                 f"The adapter was trained on base {manifest.base_reference} ({manifest.base_fingerprint}); this server "
-                f"holds {self._model.base.info.reference} ({ours}).",
+                f"holds {self._model.base.info.reference} ({ours}). Name one of its adapters, or start a server with "
+                f"--base {manifest.base_reference}.",
                 expected=ours,
                 actual=manifest.base_fingerprint,
             )
