@@ -112,3 +112,8 @@ def test_the_asyncio_client_names_them_too() -> None:
 
     with pytest.raises(RequestError, match="seed is -1"):
         asyncio.run(ask())
+
+
+def test_a_number_that_no_float_holds_is_named() -> None:
+    with pytest.raises(RequestError, match="temperature is 1000"):
+        generate("a", base=True, temperature=10**400)

@@ -100,12 +100,12 @@ def test_one_problem_is_one_line() -> None:
         ({"data": {"source": "a", "eval_source": "b", "eval_fraction": 0.1}}, "data.eval_fraction"),
         ({"data": {"source": "a", "eval_source": "b", "eval_samples": 0}}, "data.eval_samples"),
         ({"lora": {"layers": []}}, "lora.layers"),
-        ({"method": "bottleneck"}, "method: is a section; write {name: bottleneck}"),
+        ({"method": "bottleneck"}, "method"),
         ({"data": {"source": "a", "columns": {"messages": "m", "prompt": "p"}}}, "data.columns.messages"),
     ],
 )
 def test_impossible_combinations(change: dict[str, object], path: str) -> None:
-    with pytest.raises(InvalidArgument, match=rf"{path}"):
+    with pytest.raises(InvalidArgument, match=rf"{path}: "):
         parse_config({**MINIMAL, **change})
     with pytest.raises(ValidationError):
         TrainingConfig.model_validate({**MINIMAL, **change})

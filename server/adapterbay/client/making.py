@@ -33,7 +33,7 @@ def made(kind: type[M], **fields: Any) -> M:
     """
     try:
         return kind(**fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise _refusal(kind, fields) or error from None
 
 
@@ -44,15 +44,17 @@ def _refusal(kind: type[Message], fields: Mapping[str, Any]) -> TypeError | Requ
         for place, entry in enumerate(value) if many else [(None, value)]:
             try:
                 kind(**{name: [entry] if many else entry})
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 return _about(name if place is None else f"{name}[{place}]", cast(FieldDescriptor, field), entry, error)
     return None
 
 
-def _about(name: str, field: FieldDescriptor, value: object, error: TypeError | ValueError) -> TypeError | RequestError:
+def _about(name: str, field: FieldDescriptor, value: object, error: Exception) -> TypeError | RequestError:
     shown = ascii(value) if len(ascii(value)) <= 80 else f"{ascii(value)[:80]}…"
     if isinstance(error, UnicodeError):
         return RequestError(f"{name} holds characters that UTF-8 has not: {shown}.")
+    if isinstance(error, OverflowError):
+        return RequestError(f"{name} is {shown}, which is too large for a number with a point.")
     bounds = _WHOLE.get(field.cpp_type)
     if bounds is not None and isinstance(error, ValueError):
         limit = f"at least {bounds[0]}" if cast(int, value) < bounds[0] else f"at most {bounds[1]}"
