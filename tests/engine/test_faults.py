@@ -203,3 +203,20 @@ def test_a_prompt_that_is_too_long_asks_for_no_negative_number(harness: Harness)
     with pytest.raises(InvalidArgument, match=f"{limit + 5} tokens and 1 more are asked for") as caught:
         harness.submit(None, GenerateTask((9,) * (limit + 5), SamplingSpec()))
     assert caught.value.field == "input"
+
+
+def test_all_groups_whose_adapters_cannot_be_placed_are_told(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several of one adapter stand in one queue; nothing else runs that would wake the engine."""
+    harness.generate("a0", [30, 31], 1).wait()
+    harness.idle()
+    device = harness.engine._loop.scheduler._slots
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room for a pool")
+
+    monkeypatch.setattr(type(device), "seat", fails)
+    with held(harness.engine):
+        answers = [harness.generate("a0", [30, 31, number], 1) for number in range(3)]
+    for answer in answers:
+        with pytest.raises(EngineFault, match="no room for a pool"):
+            answer.wait(10)

@@ -157,9 +157,11 @@ class Loop:
 
     def fail_group(self, group: Group, error: AdapterbayError) -> None:
         """Answers a waiting group with an error and drops it."""
-        self.drop(group)
-        for row in group.rows:
-            self._tell(row, error)
+        try:
+            self.drop(group)
+        finally:
+            for row in group.rows:
+                self._tell(row, error)
 
     def drop(self, group: Group) -> None:
         """Takes a waiting group out."""
@@ -171,11 +173,12 @@ class Loop:
     def _step(self) -> bool:
         """Schedule, run, postprocess. False when there was nothing to do."""
         shares = self.scheduler.schedule()
-        for group, why in self.scheduler.take_unseated():
+        unseated = self.scheduler.take_unseated()
+        for group, why in unseated:
             log.error("adapters could not be placed", exc_info=why)
             self.fail_group(group, _fault("An adapter could not be placed", why))
         if not shares:
-            return False
+            return bool(unseated)  # who stood behind them has not been looked at
         now = time.monotonic()
         for share in shares:
             if not share.row.started_at:
@@ -281,8 +284,10 @@ class Loop:
     def _end(self, row: Row, event: Event) -> None:
         """Ends a row that has begun. Its place is free before its caller hears, who may submit the next one at once."""
         self.scheduler.finish(row)
-        self._left(row)
-        self._tell(row, event)
+        try:
+            self._left(row)
+        finally:
+            self._tell(row, event)
 
     def _tell(self, row: Row, event: Event) -> None:
         try:

@@ -82,6 +82,9 @@ KEEP_THE_BASE: Final = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 REPEATED: Final = frozenset({"pissa", "olora", "loftq"})
 """Initialisations that change the base, in a way that follows from the base alone: PEFT repeats them when it loads."""
 
+MAX_LOFTQ_STEPS: Final = 16
+"""Each is a decomposition of every adapted layer, which a server repeats while others wait; PEFT's default is 1."""
+
 _VARIANTS: Final = (
     "use_dora",
     "alora_invocation_tokens",
@@ -240,7 +243,7 @@ def _check_loftq(settings: Settings) -> None:
     own = Settings(settings.mapping("loftq_config"))
     if own.integer("loftq_bits", 4) not in (4, 8):
         refuse("loftq_config", settings.config["loftq_config"], "of 4 or 8 bits")
-    own.integer("loftq_iter", 1, most=1000)
+    own.integer("loftq_iter", 1, most=MAX_LOFTQ_STEPS)
 
 
 LORA: Final = Method(
