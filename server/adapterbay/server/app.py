@@ -27,7 +27,7 @@ from adapterbay.server.config import ServerConfig
 from adapterbay.server.engine import Engine
 from adapterbay.server.metrics import MetricsServer
 from adapterbay.server.services import AdapterService, InferenceService
-from adapterbay.server.services.interceptor import CallInterceptor, Gate, LateServices, Phase
+from adapterbay.server.services.gate import Gate, GatedServices, Phase
 from adapterbay.server.watch import AdapterFeed
 from adapterbay.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -98,10 +98,8 @@ class Server:
         self._config = config
         self._gate = Gate()
         self._probes = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs leave asyncio out
-        self._services = LateServices()
-        self._server = grpc.aio.server(
-            handlers=[self._services], interceptors=[CallInterceptor(self._gate)], options=OPTIONS
-        )
+        self._services = GatedServices(self._gate)
+        self._server = grpc.aio.server(handlers=[self._services], options=OPTIONS)
         self._port = 0
         self._metrics: MetricsServer | None = None
 

@@ -25,7 +25,7 @@ from zoo import Zoo
 from adapterbay.registry.errors import InvalidArgument
 from adapterbay.server.app import SERVICES, Server, serve
 from adapterbay.server.engine import Engine
-from adapterbay.server.services.interceptor import Phase
+from adapterbay.server.services.gate import Phase
 from adapterbay.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2_grpc
 from adapterbay.v1 import inference_pb2 as pb
 

@@ -41,7 +41,7 @@ RESIDENCY_EVENTS = {
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
-    """Lists, loads, unloads, pins and watches. Methods raise AdapterbayError; `interceptor` makes it a status."""
+    """Lists, loads, unloads, pins and watches. Methods raise AdapterbayError; `gate` makes it a status."""
 
     def __init__(self, engine: EnginePort, feed: AdapterFeed) -> None:
         self._adapters = engine.adapters

@@ -59,8 +59,8 @@ class TextEncoder(Protocol[Encoded]):
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Answers from one base and many adapters.
 
-    Methods raise AdapterbayError; `interceptor` turns it into a gRPC status. Streams are async generators that the
-    interceptor closes when the caller goes away, which frees their rows.
+    Methods raise AdapterbayError; `gate` turns it into a gRPC status. Streams are async generators that the
+    gate closes when the caller goes away, which frees their rows.
     """
 
     def __init__(self, engine: EnginePort) -> None:

@@ -29,7 +29,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 UnaryBehavior = Callable[[Any, Context], Awaitable[Any]]
 StreamBehavior = Callable[[Any, Context], AsyncGenerator[Any, None]]
 Parser = Callable[[bytes], Any]
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]]
 
 
 class Phase(enum.Enum):
@@ -75,28 +74,6 @@ class Gate:
             await asyncio.sleep(0.01)
 
 
-class LateServices(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs only
-    """Services that come after the server has started: gRPC asks us for each call, and takes no more by itself then.
-
-    Give it to the generated `add_…_to_server` functions in place of the server.
-    """
-
-    def __init__(self) -> None:
-        self._handlers: list[grpc.GenericRpcHandler[Any, Any]] = []
-
-    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]) -> None:
-        """What the generated functions call."""
-        self._handlers.extend(handlers)
-
-    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
-        """The generated functions give the same handlers a second time, as a shortcut that we do not take."""
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """The handler of a method, if one of the services has it."""
-        found = (handler.service(handler_call_details) for handler in self._handlers)
-        return next((handler for handler in found if handler is not None), None)
-
-
 async def _never(_request: Any, _context: Context) -> Any:
     raise AssertionError("the gate admits nothing outside the serving phase")
 
@@ -132,32 +109,50 @@ async def _caller_gone(method: str, unsent: BaseException | None) -> NoReturn:
     raise unsent or AssertionError("a message could not be sent")
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Wraps the handlers of our services; health and reflection pass untouched."""
+class GatedServices(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs only
+    """Our services, which come after the server has started, with the gate around each of their methods.
+
+    Give it to the server as a handler, and to the generated `add_…_to_server` functions in place of the server. gRPC
+    asks it for each call; an interceptor would do, too, and costs each call another coroutine.
+    """
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+        self._services: list[grpc.GenericRpcHandler[Any, Any]] = []
+        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
-    async def intercept_service(
-        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Chooses the wrapper by the kind of the method.
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler[Any, Any]]) -> None:
+        """What the generated functions call."""
+        self._services.extend(handlers)
 
-        While the server starts, our services are not registered yet; their calls are refused, not unknown.
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        """The generated functions give the same handlers a second time, as a shortcut that we do not take."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """The handler of a method, if one of the services has it.
+
+        While the server starts, the services are not there yet; their calls are refused, not unknown.
         """
         method = handler_call_details.method
         if not method.startswith(_OURS):
-            return await continuation(handler_call_details)
+            return None
         if self._gate.phase is not Phase.SERVING:
             return grpc.unary_unary_rpc_method_handler(self._unary(_never, method, bytes))
-        handler = await continuation(handler_call_details)
+        handler = self._wrapped.get(method)
         if handler is None:
-            return handler
-        parse, write = cast(Parser, handler.request_deserializer), handler.response_serializer
-        if handler.response_streaming:
-            stream = self._stream(cast(StreamBehavior, handler.unary_stream), method, parse)
+            found = (service.service(handler_call_details) for service in self._services)
+            bare = next((handler for handler in found if handler is not None), None)
+            if bare is None:
+                return None
+            handler = self._wrapped[method] = self._around_each(bare, method)
+        return handler
+
+    def _around_each(self, bare: grpc.RpcMethodHandler[Any, Any], method: str) -> grpc.RpcMethodHandler[Any, Any]:
+        parse, write = cast(Parser, bare.request_deserializer), bare.response_serializer
+        if bare.response_streaming:
+            stream = self._stream(cast(StreamBehavior, bare.unary_stream), method, parse)
             return grpc.unary_stream_rpc_method_handler(stream, response_serializer=write)
-        unary = self._unary(cast(UnaryBehavior, handler.unary_unary), method, parse)
+        unary = self._unary(cast(UnaryBehavior, bare.unary_unary), method, parse)
         return grpc.unary_unary_rpc_method_handler(unary, response_serializer=write)
 
     def _unary(self, behavior: UnaryBehavior, method: str, parse: Parser) -> Callable[..., Any]:

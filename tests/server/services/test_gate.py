@@ -14,8 +14,8 @@ import grpc.aio
 import pytest
 
 from adapterbay.registry.errors import DeadlineExceeded
-from adapterbay.server.services import interceptor
-from adapterbay.server.services.interceptor import CallInterceptor, Gate, Phase
+from adapterbay.server.services import gate as gates
+from adapterbay.server.services.gate import Gate, GatedServices, Phase
 
 METHOD = "/adapterbay.v1.InferenceService/Generate"
 
@@ -53,11 +53,13 @@ async def call(kind: str, gate: Gate) -> asyncio.Task[Any]:
         else grpc.unary_stream_rpc_method_handler(answers, request_deserializer=bytes)
     )
 
-    async def found(_details: Any) -> Any:
-        return handler
-
     gate.phase = Phase.SERVING
-    wrapped = await CallInterceptor(gate).intercept_service(found, Details())
+    services = GatedServices(gate)
+    services.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("adapterbay.v1.InferenceService", {"Generate": handler})]
+    )
+    wrapped = services.service(Details())
+    assert wrapped is not None
     answer = wrapped.unary_unary or wrapped.unary_stream
     assert answer is not None
     return asyncio.ensure_future(answer(b"", Gone()))
@@ -78,6 +80,6 @@ async def test_a_handler_whose_caller_left_ends_by_cancellation(kind: str) -> No
 @pytest.mark.parametrize("kind", ["unary", "stream"])
 async def test_a_message_that_nobody_could_be_sent_is_no_secret(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller is still there, so the message itself was wrong: gRPC is told, instead of a stream that just ends."""
-    monkeypatch.setattr(interceptor, "GONE_SECONDS", 0.01)
+    monkeypatch.setattr(gates, "GONE_SECONDS", 0.01)
     with pytest.raises(RuntimeError, match="batch failed"):
         await (await call(kind, Gate()))
