@@ -269,7 +269,7 @@ class Churn:
     def _load(self) -> None:
         try:
             self._engine.adapters.load(self._digest()).result(30)
-        except Unavailable:  # unloaded by us while it waited for room
+        except (Unavailable, QueueFull, InvalidArgument):  # unloaded by us while it waited for room; or there is none
             return
         self.counts["loads asked for"] += 1
 

@@ -11,10 +11,34 @@ import json
 import sys
 from pathlib import Path
 
+from adapterbay.registry.console import USAGE_EXIT_CODE
+from adapterbay.registry.errors import AdapterbayError, InvalidArgument
 from adapterbay.trainer import load_config
 from adapterbay.trainer.data import Labelled, prepare
 
-data = prepare(load_config(Path(sys.argv[1])))
-for row in data.evaluation:
-    if isinstance(row, Labelled):
-        sys.stdout.write(json.dumps({"text": row.text, "label": data.labels[row.label]}, ensure_ascii=False) + "\n")
+
+def held_out(settings: Path) -> list[dict[str, str]]:
+    """Text and label of each held-out row. Raises AdapterbayError."""
+    config = load_config(settings)
+    if config.task != "sequence-classification":
+        raise InvalidArgument(f"{settings} is for task {config.task}; only sequence-classification has labelled rows.")
+    data = prepare(config)
+    return [{"text": row.text, "label": data.labels[row.label]} for row in data.evaluation if isinstance(row, Labelled)]
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the rows. Returns the exit code: 2, after one line on standard error, for a mistake of the caller."""
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python examples/held_out.py SETTINGS.yaml > held-out.jsonl\n")
+        return USAGE_EXIT_CODE
+    try:
+        rows = held_out(Path(arguments[0]))
+    except AdapterbayError as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        return USAGE_EXIT_CODE
+    sys.stdout.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

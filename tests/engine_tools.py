@@ -208,20 +208,6 @@ def reference_logits(model: Any, prompt: Sequence[int], generated: Sequence[int]
     return logits[len(prompt) - 1 : -1].float()
 
 
-def reference_greedy(model: Any, prompt: Sequence[int], most: int) -> tuple[int, ...]:
-    """Greedy tokens by transformers' own generate, end tokens ignored."""
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=torch.tensor([list(prompt)]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=most,
-            min_new_tokens=most,
-            do_sample=False,
-            eos_token_id=None,
-        )
-    return tuple(out[0, len(prompt) :].tolist())
-
-
 class References:
     """Plain PEFT over one base: each arm alone, through `set_adapter`; fusions by PEFT's own exact `cat`.
 

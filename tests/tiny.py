@@ -1,15 +1,16 @@
-"""Tiny random bases and adapters, made by transformers and PEFT themselves, with a real tokenizer."""
+"""Tiny random bases and adapters, made by transformers and PEFT themselves, with a real tokenizer; what they answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -308,3 +309,30 @@ def make_adapter(
 def peft_model(base: Path, adapter: Path, task: str = "CAUSAL_LM", **settings: Any) -> PeftModel:
     """The adapter alone on the base, the way a user of plain PEFT loads it."""
     return PeftModel.from_pretrained(load_reference(base, task, **settings), adapter).eval()
+
+
+class Greedy(NamedTuple):
+    """A reference's answer: `tokens`, and the `logits` [tokens, vocabulary] in float32 that chose them."""
+
+    tokens: tuple[int, ...]
+    logits: Tensor
+
+
+def greedy(model: Any, ids: Sequence[int], most: int, **extra: Any) -> Greedy:
+    """What a model answers to a text by transformers' own generate: exactly `most` tokens, end tokens ignored. `extra`
+    goes to the model (`task_ids`). Of an encoder-decoder the start token is no part of the answer."""
+    text = torch.tensor([list(ids)])
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=text,
+            attention_mask=torch.ones_like(text),
+            max_new_tokens=most,
+            min_new_tokens=most,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **extra,
+        )
+    assert len(out.logits) == most
+    return Greedy(tuple(out.sequences[0, -most:].tolist()), torch.cat(out.logits).float())

@@ -7,10 +7,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from suite.bare import bare_call
 from suite.field import OURS, material
 from suite.measure import Bench, Ratio, say
 from suite.process import BENCH, SystemFailed
@@ -94,7 +95,12 @@ def run_grpc(bench: Bench) -> None:
         ours = launch(OURS, "suite.ours")
         port = bench.engine(ours, bench.folder("field") / "registry", grpc=True)["port"]
         ask = request(prompt(0), 4, names[0])
-        with Client(f"127.0.0.1:{port}") as client, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        alone = ours.call("bare", request=ask)
+        with (
+            Client(f"127.0.0.1:{port}") as client,
+            grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+            grpc.insecure_channel(f"127.0.0.1:{alone}") as bare,
+        ):
             health = health_pb2_grpc.HealthStub(channel)
 
             def timed(call: Callable[[], Any]) -> float:
@@ -105,31 +111,44 @@ def run_grpc(bench: Bench) -> None:
             def remote() -> Any:
                 return client.generate(ask["prompt"], adapter=ask["adapter"], max_tokens=ask["tokens"], ignore_end=True)
 
-            ways: list[Callable[[], float]] = [
-                lambda: timed(remote),
-                lambda: float(ours.call("once", request=ask, from_text=False)),
-                lambda: float(ours.call("once", request=ask, from_text=True)),
-                lambda: timed(lambda: health.Check(health_pb2.HealthCheckRequest())),
-            ]
-            times: list[list[float]] = [[] for _ in ways]
-            for number in range(-WARM_CALLS, bench.settings.trials):
-                for turn in range(len(ways)):  # each way comes after each other way equally often
-                    way = (turn * (1 if number % 2 else -1) + number) % len(ways)
-                    seconds = ways[way]()
-                    if number >= 0:
-                        times[way].append(seconds)
-    over_ids, over_text = (
-        milliseconds([there - here for there, here in zip(times[0], times[way], strict=True)]) for way in (1, 2)
-    )
+            ways: dict[str, Callable[[], float]] = {
+                "through gRPC": lambda: timed(remote),
+                "through grpcio alone": lambda: timed(bare_call(bare)),
+                "in process, from token ids": lambda: float(ours.call("once", request=ask, from_text=False)),
+                "in process, from text and reference": lambda: float(ours.call("once", request=ask, from_text=True)),
+                "a health check of the same server": lambda: timed(
+                    lambda: health.Check(health_pb2.HealthCheckRequest())
+                ),
+            }
+            times = in_turns(ways, bench.settings.trials)
+    ours_, bare_, ids, text, _ = times.values()
+
+    def share(there: Sequence[float], here: Sequence[float]) -> float:
+        return milliseconds([one - other for one, other in zip(there, here, strict=True)])
+
     bench.report.facts["grpc"] = {
-        "through gRPC, ms": milliseconds(times[0]),
-        "in process, from token ids, ms": milliseconds(times[1]),
-        "in process, from text and reference, ms": milliseconds(times[2]),
-        "share over token ids, median of pairs, ms": over_ids,
-        "share over text and reference, median of pairs, ms": over_text,
-        "an empty call (a health check) of the same server, ms": milliseconds(times[3]),
+        **{f"{way}, ms": milliseconds(found) for way, found in times.items()},
+        "share over token ids, median of pairs, ms": share(ours_, ids),
+        "share over text and reference, median of pairs, ms": share(ours_, text),
+        "grpcio's own share (over token ids), median of pairs, ms": share(bare_, ids),
     }
-    bench.report.ratios.append(Ratio("gRPC's share of a call, median, ms", over_text, floor=1.0, lower=True))
+    bench.report.ratios += [
+        Ratio("gRPC's share of a call, median, ms", share(ours_, text), floor=1.0, lower=True),
+        Ratio("of that grpcio alone, before the same engine, ms", share(bare_, ids), lower=True),
+    ]
+
+
+def in_turns(ways: Mapping[str, Callable[[], float]], trials: int) -> dict[str, list[float]]:
+    """What each way took, `trials` times; each comes after each other way equally often."""
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    names = list(ways)
+    for number in range(-WARM_CALLS, trials):
+        for turn in range(len(names)):
+            way = names[(turn * (1 if number % 2 else -1) + number) % len(names)]
+            seconds = ways[way]()
+            if number >= 0:
+                times[way].append(seconds)
+    return times
 
 
 def run_start(bench: Bench) -> None:

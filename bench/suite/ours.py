@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import threading
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from adapterbay.server.requests import (
     SamplingSpec,
     Task,
 )
+from suite.bare import serve_bare
 from suite.process import answer, peak_mb, reset_peak
 
 READY_SECONDS = 600.0
@@ -65,6 +67,7 @@ class Ours:
         self._registry: Any = None
         self._stop: Any = None
         self._loop: Any = None
+        self._bare: Any = None
         self._thread: threading.Thread | None = None
 
     def open(self, registry: str, settings: dict[str, Any], grpc: bool = False) -> dict[str, Any]:
@@ -91,6 +94,9 @@ class Ours:
     def close(self) -> None:
         """Stops the engine."""
         if self._thread is not None:
+            if self._bare is not None:
+                asyncio.run_coroutine_threadsafe(self._bare.stop(None), self._loop).result()
+                self._bare = None
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
             self._thread = None
@@ -161,6 +167,16 @@ class Ours:
         self._engine.submit([Request(*prepared, heard)])
         self._wait(done, [heard])
         return heard.total
+
+    def bare(self, request: dict[str, Any]) -> int:
+        """The port of a server that runs just this request, with nothing but grpcio before the engine."""
+        arm, task = self._generation(request)
+
+        def submit(told: Callable[[object], None]) -> None:
+            self._engine.submit([Request(arm, task, lambda event: None if isinstance(event, Delta) else told(event))])
+
+        self._bare, port = asyncio.run_coroutine_threadsafe(serve_bare(submit), self._loop).result()
+        return port
 
     def first_token(self, request: dict[str, Any], cold: str | None = None) -> float:
         """Seconds to the first token of one request. `cold` "memory": its adapter is unloaded first; "disk": and its

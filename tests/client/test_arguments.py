@@ -32,7 +32,7 @@ def sent(**options: Any) -> Wrong:
 UNSENDABLE: dict[str, tuple[Wrong, str]] = {
     "max_tokens": (sent(max_tokens=10**14), "max_tokens is 100000000000000; it must be at most 2147483647."),
     "seed": (sent(seed=-1), "seed is -1; it must be at least 0."),
-    "log_probabilities": (sent(log_probabilities=-1), "top is -1"),
+    "log_probabilities": (sent(log_probabilities=-1), "log_probabilities is -1"),
     "surrogate": (lambda: generate("a\ud800", base=True), r"prompt holds characters that UTF-8 has not: 'a\ud800'"),
     "surrogate in a text": (lambda: classify(["a", "\udcff"], adapter="a"), "texts[1] holds characters"),
     "surrogate in a name": (lambda: generate("a", adapter="\udcff"), "adapter holds characters"),
@@ -55,7 +55,7 @@ OF_WRONG_TYPES: dict[str, tuple[Wrong, str]] = {
     "ignore_end": (sent(ignore_end="yes"), "ignore_end takes True or False, not 'yes'."),
     "one stop": (sent(stop="end"), "stop takes a sequence of strings, not one string."),
     "a stop": (sent(stop=["a", 3]), "stop[1] takes text, not 3."),
-    "stops": (sent(stop=3), "stop takes a sequence, not 3."),
+    "stops": (sent(stop=3), "stop takes a sequence of strings, not 3."),
     "prompts": (lambda: generate(["a"], base=True), "prompt takes text, not ['a']."),  # type: ignore[arg-type]
     "adapter": (sent(adapter=3), "adapter takes text, not 3."),
     "fusion": (lambda: generate("a", fusion=["a", "b"]), "fusion takes {'NAME': weight}"),  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ OF_WRONG_TYPES: dict[str, tuple[Wrong, str]] = {
     "one text": (lambda: classify("a", adapter="a"), "texts takes a sequence of strings, not one string."),
     "texts": (lambda: classify(["a", None], adapter="a"), "texts[1] takes text, not None."),  # type: ignore[list-item]
     "one arm": (lambda: compare_generate("tales", ["a"]), "arms takes a sequence of strings, not one string."),
-    "one input": (lambda: compare_classify(["a", "b"], "a"), "inputs takes a sequence of strings, not one string."),
+    "one input": (lambda: compare_classify(["a", "b"], "a"), "texts takes a sequence of strings, not one string."),
     "messages": (lambda: generate(None, messages="a", base=True), "messages takes a sequence"),  # type: ignore[arg-type]
     "parts": (
         lambda: generate(None, messages=[{"role": "user", "content": [{"text": "a"}]}], base=True),  # type: ignore[dict-item]

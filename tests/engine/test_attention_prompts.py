@@ -11,9 +11,9 @@ from typing import Any
 import peft_zoo
 import pytest
 import torch
-from engine_tools import Answer, Harness, held, reference_greedy, reference_logits
+from engine_tools import Answer, Harness, held, reference_logits
 from peft import AdaptionPromptConfig, PeftModel, get_peft_model
-from tiny import load_reference, make_base
+from tiny import greedy, load_reference, make_base
 
 from adapterbay.registry import Registry
 from adapterbay.server.adapters.forms import AttentionPrompt, ServingForm
@@ -66,7 +66,7 @@ def test_rows_equal_peft_alone(harness: Harness, folders: dict[str, Path]) -> No
     for (name, answer), text in zip(answers.items(), TEXTS, strict=True):
         model = base if name is None else PeftModel.from_pretrained(load_reference(folders["base"]), folders[name])
         assert off(harness, model.eval(), text, answer) < ATOL, name
-        assert answer.generated().token_ids == reference_greedy(model, text, 8)
+        assert answer.generated().token_ids == greedy(model, text, 8).tokens
         if name is not None:
             assert off(harness, base, text, answer) > 20 * ATOL, f"{name} has no effect"
     assert max(harness.step_sizes) == len(names)

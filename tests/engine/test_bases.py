@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_tools import Harness, reference_greedy, reference_logits
-from tiny import ENCODERS, SPECIAL, VOCABULARY, byte_tokenizer, load_reference, make_base
+from engine_tools import Harness, reference_logits
+from tiny import ENCODERS, SPECIAL, VOCABULARY, byte_tokenizer, greedy, load_reference, make_base
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from adapterbay.registry.errors import UnsupportedMethod
@@ -61,7 +61,7 @@ def test_windows_and_caps_are_kept_in_prompts_chunks_and_decoding(
         tokens = answer.generated().token_ids
         got = torch.stack(harness.logits[answer.request.id])  # type: ignore[union-attr]
         torch.testing.assert_close(got, reference_logits(alone, prompt, tokens), rtol=0, atol=1e-4)
-        assert tokens == reference_greedy(alone, prompt, 24)
+        assert tokens == greedy(alone, prompt, 24).tokens
 
 
 @pytest.mark.parametrize("architecture", ENCODERS)

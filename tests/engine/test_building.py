@@ -18,6 +18,7 @@ from adapterbay.registry import Registry
 from adapterbay.registry.errors import Rejected, UnsupportedMethod
 from adapterbay.server.adapters.finite import finite
 from adapterbay.server.adapters.forms import LinearForm, LowRank, ServingForm
+from adapterbay.server.convert import read
 from adapterbay.server.convert.direct import _boft
 from adapterbay.server.convert.effect import has_effect, negligible
 from adapterbay.server.convert.layers import LayerReader
@@ -53,13 +54,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 # Nothing is lost.
 
 
-def test_a_site_that_has_no_place_here_is_an_error_that_names_it(llama: Bench) -> None:
-    for method in ("oft", "hira", "tinylora"):
-        llama.add(f"table-{method}", method, target_modules=["q_proj", "embed_tokens"])
-    with Harness(llama.base, llama.registry) as harness:
-        for method in ("oft", "hira", "tinylora"):
-            with pytest.raises(UnsupportedMethod, match=r"embed_tokens is not served"):
-                harness.generate(f"table-{method}", PROMPT, 1).wait()
+def test_a_site_that_has_no_place_here_is_an_error_that_names_it(
+    llama: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama.add("lost", "oft", target_modules=["q_proj", "embed_tokens"])
+    gpt2 = Bench(tmp_path, "gpt2")
+    gpt2.add("positions", "tinylora", target_modules=["c_proj", "wpe"])
+    with Harness(gpt2.base, gpt2.registry) as harness, pytest.raises(UnsupportedMethod, match=r"wpe is not the input"):
+        harness.generate("positions", PROMPT, 1).wait()
+    monkeypatch.setattr(read, "read_table", lambda *_: None)
+    with (
+        Harness(llama.base, llama.registry) as harness,
+        pytest.raises(UnsupportedMethod, match=r"embed_tokens is not served"),
+    ):
+        harness.generate("lost", PROMPT, 1).wait()
 
 
 def test_a_layer_without_effect_is_no_lost_one(llama: Bench) -> None:

@@ -96,6 +96,20 @@ def test_who_is_there_does_not_wait_for_who_is_being_placed(harness: Harness) ->
     assert began_at(running, steps) == began_at(warm, steps) < began_at(cold, steps)
 
 
+def test_an_adapter_that_is_placed_over_several_steps_is_a_miss(harness: Harness) -> None:
+    """Two cold adapters in one row, one of which is whole before the other."""
+    harness.load("n1", "n2", "n3")
+    tally = harness.engine.device_tally
+    with held(harness.engine):
+        running = harness.generate("n1", PROMPT, 100)
+        cold = harness.generate({"n2": 0.5, "n3": 0.5}, PROMPT, 2)
+    for answer in (running, cold):
+        answer.wait()
+    assert (tally.hits.of(), tally.misses.of()) == (0, 3)
+    harness.generate({"n2": 0.5, "n3": 0.5}, PROMPT, 2).wait()
+    assert (tally.hits.of(), tally.misses.of()) == (2, 3)
+
+
 @pytest.mark.parametrize("then", ["unload", "room for another"])
 def test_what_is_half_there_leaves_nothing(harness: Harness, then: str) -> None:
     """A cold row is cancelled while its adapter's modules are being placed."""

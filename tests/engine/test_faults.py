@@ -121,6 +121,59 @@ def test_an_engine_that_lost_a_block_stops_in_words(harness: Harness, monkeypatc
     assert not harness.engine._rows
 
 
+@pytest.mark.parametrize("failing", ["tell", "listener", "release"])
+def test_everybody_hears_that_the_engine_stopped_whatever_fails(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    engine, told = harness.engine, threading.Event()
+
+    def tell() -> None:
+        told.set()
+        if failing == "tell":
+            raise OSError("nobody is there")
+
+    engine.on_fault(tell)
+    harness.load("a0", "a1", "a2")
+    with held(engine):
+        answers = [harness.generate(name, PROMPT, 5) for name in ("a0", "a1", "a2")]
+        residents = [resident for row in engine._rows.values() for resident in row.residents]
+        if failing == "listener":
+            broken = answers.pop(0)
+            assert broken.request is not None
+            broken.request.listener = once(None, OSError("nobody is there"))
+        if failing == "release":
+            release = engine.adapters.memory.release
+            monkeypatch.setattr(engine.adapters.memory, "release", once(release, OSError("nobody is there")))
+        engine._loop.post(lambda: monkeypatch.setattr(engine._loop, "_turn", once(None, ZeroDivisionError("turns"))))
+        monkeypatch.setattr(type(engine._loop), "_end_all", lambda *_: False)
+    for answer in answers:
+        with pytest.raises(EngineFault, match="turns"):
+            answer.wait(20)
+    assert told.wait(20)
+    engine._loop._thread.join(20)
+    assert not engine._rows
+    assert sum(resident.holds for resident in residents) == (1 if failing == "release" else 0)
+
+
+@pytest.mark.parametrize("when", ["cancelled while it waits", "at its end"])
+def test_a_release_that_fails_keeps_no_other_hold(harness: Harness, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    engine, pair = harness.engine, {"a0": 0.5, "a1": 0.5}
+    harness.load("a0", "a1")
+    memory = engine.adapters.memory
+    with held(engine):
+        answer = harness.generate(pair, PROMPT, 2)
+        residents = row_of(harness, answer).residents
+        assert [resident.holds for resident in residents] == [1, 1]
+        monkeypatch.setattr(memory, "release", once(memory.release, OSError("nobody is there")))
+        if when == "cancelled while it waits":
+            assert answer.request is not None
+            engine.cancel(answer.request)
+    assert answer.done.wait(20)
+    harness.idle()
+    assert sorted(resident.holds for resident in residents) == [0, 1]
+    assert len(harness.generate("a0", PROMPT, 2).generated().token_ids) == 2
+
+
 def test_who_cannot_even_be_ended_hears_of_it(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = harness.engine._loop.scheduler
 

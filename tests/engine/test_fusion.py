@@ -249,14 +249,14 @@ def test_a_fusion_is_computed_once_and_again_after_it_had_to_go(zoo: Zoo) -> Non
         assert len({one.key, other.key, harness.fused({"x": 1.0, "y": 0.5}).key}) == 3
         harness.idle()
         # one fusion fits into what is left: the other gives way
-        manager.memory._budget = manager.memory.used_bytes + 1000
+        manager.memory.books.budget = manager.memory.used_bytes + 1000
         svd = harness.fused({"x": 1.0, "y": 0.5}, FusionSettings("svd", rank=2))
         ask(harness, svd).wait()
         assert one.key[0][0] not in fused_in(harness)
         assert torch.equal(got(harness, ask(harness, one)), first)
         assert computed.count(one.key[0][0]) == 2
         harness.idle()
-        assert manager.memory.used_bytes <= manager.memory._budget
+        assert manager.memory.used_bytes <= manager.memory.books.budget
 
 
 def test_unloading_an_adapter_unloads_what_was_fused_from_it(zoo: Zoo) -> None:

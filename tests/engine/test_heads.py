@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_tools import Harness, held, reference_greedy, reference_logits
-from tiny import TARGETS, load_reference, make_base, peft_model
+from engine_tools import Harness, held, reference_logits
+from tiny import TARGETS, greedy, load_reference, make_base, peft_model
 from torch import Tensor
 from transformers import BertForMaskedLM
 from zoo import Zoo
@@ -111,7 +111,7 @@ def test_heads_of_all_sizes_and_tasks_share_a_batch(architecture: str, headed: d
             assert answer.request is not None
             logits = torch.stack(harness.logits[answer.request.id])
             torch.testing.assert_close(logits, reference_logits(alone, text, result.token_ids), rtol=0, atol=ATOL)
-            assert result.token_ids == reference_greedy(alone, text, 6)
+            assert result.token_ids == greedy(alone, text, 6).tokens
 
 
 def test_a_head_for_texts_labels_no_tokens_nor_the_other_way(headed: dict[str, Zoo]) -> None:

@@ -240,7 +240,7 @@ def test_chaos_returns_everything(zoo: Zoo) -> None:
         assert all(answer.events_after_end == 0 for answer in answers)
         assert {type(a.final).__name__ for a in answers} >= {"GenerateResult", "ClassifyResult", "Cancelled"}
         memory = harness.engine.adapters.memory
-        assert all(resident.holds == resident.seats == 0 for resident in memory._table.values())
+        assert all(resident.holds == resident.seats == 0 for resident in memory.books.table.values())
         assert not harness.engine._rows
 
 

@@ -40,13 +40,14 @@ def made(base: Path, folder: Path, iterations: int, bits: int = 4) -> Path:
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_the_start_is_repeated_on_the_base_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured below 1e-5 in logits of size about 10."""
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_start_is_repeated_on_the_base_at_hand(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured below 1e-5 in logits of size about 10. What int8 takes away is a tenth of what NF4 does."""
     base = make_base(tmp_path / "base", "llama", layers=2)
     registry = Registry.open(tmp_path / "registry")
     models = {}
     for iterations in (1, 3):
-        folder = made(base, tmp_path / f"a{iterations}", iterations)
+        folder = made(base, tmp_path / f"a{iterations}", iterations, bits)
         registry.push(folder, f"a{iterations}", base=f"folder:{base}")
         models[f"a{iterations}"] = peft_model(base, folder)
         plain = json.loads((folder / "adapter_config.json").read_text()) | {"init_lora_weights": True}
@@ -62,17 +63,19 @@ def test_the_start_is_repeated_on_the_base_at_hand(tmp_path: Path, monkeypatch: 
             got = torch.stack(harness.logits[answer.request.id])
             torch.testing.assert_close(got, reference_logits(models[name], PROMPT, tokens), rtol=0, atol=1e-4)
             without = reference_logits(models[f"plain{iterations}"], PROMPT, tokens)
-            assert float((got - without).abs().max()) > 0.05, "what LoftQ takes from the base must show"
+            shows = 0.05 if bits == 4 else 0.005
+            assert float((got - without).abs().max()) > shows, "what LoftQ takes from the base must show"
 
 
 @pytest.mark.usefixtures("on_cpu")
 def test_what_cannot_be_repeated_is_refused(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", "llama", layers=1)
+    """PEFT itself fails on a Conv1D, so that the settings are put into the config of another LoRA."""
+    base = make_base(tmp_path / "base", "gpt2", layers=1)
     registry = Registry.open(tmp_path / "registry")
-    folder = made(base, tmp_path / "a", 1)
+    folder = peft_zoo.make(base, tmp_path / "a", "lora")
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["loftq_config"]["loftq_bits"] = 8
+    config |= {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8, "loftq_iter": 1}}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     registry.push(folder, "a", base=f"folder:{base}")
-    with Harness(base, registry) as harness, pytest.raises(UnsupportedMethod, match="LoftQ of 8 bits"):
+    with Harness(base, registry) as harness, pytest.raises(UnsupportedMethod, match="a Conv1D, is not served"):
         harness.generate("a", PROMPT, 1).wait()

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_tools import Answer, Harness, References, Selection, held, reference_greedy, reference_logits
+from engine_tools import Answer, Harness, References, Selection, held, reference_logits
 from safetensors.torch import load_file, save_file
-from tiny import CAUSAL, OTHER_CAUSAL, load_reference
+from tiny import CAUSAL, OTHER_CAUSAL, greedy, load_reference
 from zoo import Zoo
 
 ATOL = 1e-4
@@ -48,7 +48,7 @@ def check(answer: Answer, harness: Harness, model: object, prompt: Sequence[int]
     expected = reference_logits(model, prompt, result.token_ids)
     assert got.shape == expected.shape
     torch.testing.assert_close(got, expected, rtol=0, atol=ATOL)
-    assert result.token_ids == reference_greedy(model, prompt, most)
+    assert result.token_ids == greedy(model, prompt, most).tokens
 
 
 @pytest.mark.parametrize(

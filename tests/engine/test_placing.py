@@ -31,10 +31,13 @@ def test_the_bytes_of_a_form_are_those_of_what_is_placed(dtype: str, tmp_path: P
     registry = Registry.open(tmp_path / "registry")
     for name in NAMES:
         registry.push(peft_zoo.make(base, tmp_path / name, name), name, base=f"folder:{base}")
+    for name in ("oft", "hira", "tinylora"):
+        folder = peft_zoo.make(base, tmp_path / f"{name}_table", name, settings={"target_modules": ["embed_tokens"]})
+        registry.push(folder, f"{name}_table", base=f"folder:{base}")
     for name, through, targets in (("behind", False, ("down_proj",)), ("through", True, ("norm",))):
         folder = peft_zoo.make_bottleneck(base, tmp_path / name, targets, norm=True, settings={"through_norm": through})
         registry.push(folder, name, base=f"folder:{base}")
-    names = (*NAMES, "behind", "through")
+    names = (*NAMES, "oft_table", "hira_table", "tinylora_table", "behind", "through")
     with Harness(base, registry, dtype=dtype) as harness:
         adapters, sites = harness.engine.adapters, harness.engine._device._sites
         harness.load(*names)

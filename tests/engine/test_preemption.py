@@ -158,7 +158,8 @@ def test_a_row_that_has_given_way_can_still_be_ended(zoo: Zoo, end: str) -> None
             assert len(old.generated().token_ids) == 120
             harness.idle()
             assert not harness.engine._rows
-        assert all(resident.holds == resident.seats == 0 for resident in harness.engine.adapters.memory._table.values())
+        memory = harness.engine.adapters.memory
+        assert all(resident.holds == resident.seats == 0 for resident in memory.books.table.values())
 
 
 def test_what_can_never_fit_is_refused_at_once(zoo: Zoo) -> None:

@@ -10,77 +10,29 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-import torch
 from engine_tools import Harness
+from memory_tools import SECONDS, Make, Memory, memories
 from tiny import TARGETS, make_adapter, make_base
 from zoo import Zoo
 
-from adapterbay.registry import Manifest, Registry
+from adapterbay.registry import Registry
 from adapterbay.registry.errors import BaseMismatch, Corrupted, InvalidArgument, Unavailable
-from adapterbay.server.adapters.forms import LinearForm, ServingForm
+from adapterbay.server.adapters.claims import Claim
 from adapterbay.server.adapters.loaders import beside, loading_threads
-from adapterbay.server.adapters.residency import HostMemory, Residency, Resident
+from adapterbay.server.adapters.residency import Residency
 from adapterbay.server.adapters.tally import Histogram
 from adapterbay.server.trim import trim
-
-SECONDS = 20
-
-
-class Memory:
-    """A host memory over forms of chosen sizes. `files` is what the registry says, `forms` what comes of it."""
-
-    def __init__(self, manifest: Manifest, budget: int, files: Mapping[str, int], forms: Mapping[str, int]) -> None:
-        self.gates: dict[str, threading.Event] = {}
-        self.loads: list[str] = []
-        self.vacated: list[str] = []
-        self._manifest = manifest
-        self._forms = {**files, **forms}
-        self.host = HostMemory(self._load, files.__getitem__, budget_bytes=budget, threads=2, vacate=self._vacate)
-
-    def _load(self, digest: str) -> ServingForm:
-        self.loads.append(digest)
-        if digest in self.gates:
-            assert self.gates[digest].wait(SECONDS)
-        if digest.startswith("bad"):
-            raise Corrupted(f"{digest} is not what it was.")
-        form = LinearForm(bias=torch.zeros(self._forms[digest] // 4))
-        return ServingForm(digest=digest, manifest=self._manifest, layers={"only": form})
-
-    def _vacate(self, resident: Resident) -> None:
-        self.vacated.append(resident.digest)
-
-    def used(self, digest: str) -> Resident:
-        """Holds until it is there."""
-        resident = self.host.hold(digest)
-        resident.loading.result(SECONDS)
-        return resident
-
-    def touched(self, *digests: str) -> None:
-        for digest in digests:
-            self.host.release(self.used(digest))
-
-
-Make = Callable[..., Memory]
 
 
 @pytest.fixture
 def make(zoos: dict[str, Zoo]) -> Iterator[Make]:
-    registry = zoos["llama"].registry
-    manifest = registry.manifest(registry.resolve("a0").digest)
-    made: list[Memory] = []
-
-    def memory(budget: int, files: Mapping[str, int], **forms: int) -> Memory:
-        made.append(Memory(manifest, budget, files, forms))
-        return made[-1]
-
-    yield memory
-    for each in made:
-        each.host.close()
+    with memories(zoos["llama"].registry) as memory:
+        yield memory
 
 
 def test_the_least_recently_used_gives_way(make: Make) -> None:
@@ -97,10 +49,10 @@ def test_nobody_gives_way_for_what_would_not_fit_anyway(make: Make) -> None:
     memory = make(300, {"a": 100, "b": 100, "large": 250})
     memory.touched("a")
     held = memory.used("b")
-    large = memory.host.hold("large")
+    large = memory.hold("large")
     assert memory.host.resident() == ("a", "b")
     assert memory.host.counts().queued == 1
-    memory.host.release(held)
+    memory.release(held)
     large.loading.result(SECONDS)
     assert memory.host.resident() == ("large",)
 
@@ -111,7 +63,7 @@ def test_the_pinned_and_the_held_stay(make: Make) -> None:
     held = memory.used("b")
     memory.touched("c", "d", "e")
     assert set(memory.host.resident()) == {"a", "b", "e"}
-    memory.host.release(held)
+    memory.release(held)
     memory.host.pin("a", False)
     memory.touched("c", "d")
     assert memory.host.resident() == ("e", "c", "d")
@@ -134,62 +86,74 @@ def test_a_form_that_is_larger_than_its_files_keeps_to_the_budget(make: Make) ->
     memory = make(300, dict.fromkeys(("a", "b", "grows"), 100), grows=252)
     memory.touched("a")
     held = memory.used("b")
-    grows = memory.host.hold("grows")
+    grows = memory.hold("grows")
     while not memory.host.counts().queued:
         assert not grows.loading.done()
     assert memory.host.used_bytes == 200
     assert memory.host.resident() == ("a", "b")
-    memory.host.release(held)
+    memory.release(held)
     grows.loading.result(SECONDS)
     assert memory.loads.count("grows") == 2
     assert memory.host.used_bytes == 252
-    memory.host.release(grows)
+    memory.release(grows)
     memory.touched("a")
     memory.touched("grows")
     assert memory.loads.count("grows") == 3, "its size was forgotten"
 
 
 def test_what_is_larger_than_everything_is_refused(make: Make) -> None:
-    memory = make(200, {"file": 300, "form": 100, "a": 100}, form=300)
-    with pytest.raises(InvalidArgument, match=r"300 bytes.*200"):
-        memory.host.hold("file")
+    memory = make(200, {"file": 500, "form": 100, "a": 100}, form=300)
+    with pytest.raises(InvalidArgument, match=r"500 bytes.*200"):
+        memory.hold("file")
     with pytest.raises(InvalidArgument, match=r"300 bytes.*200"):
         memory.used("form")
+    with pytest.raises(InvalidArgument, match=r"300 bytes.*200"):
+        memory.hold("form")  # its size is known, and it is not read again
+    assert memory.loads == ["form"]
     assert memory.host.used_bytes == 0
     memory.touched("a")
     assert memory.host.tally.failures.read() == {("INVALID_ARGUMENT",): 1}
 
 
+def test_a_file_that_is_larger_than_the_budget_is_read_if_its_form_may_fit(make: Make) -> None:
+    memory = make(200, {"file": 300, "a": 100}, file=80)
+    memory.touched("a", "file", "a")
+    assert memory.host.used_bytes == 180
+    assert memory.host.resident() == ("file", "a")
+
+
 def test_relief_goes_beyond_the_budget_and_comes_back(make: Make) -> None:
     """Two requests hold one adapter each and wait for another: nobody would ever let go."""
     memory = make(200, dict.fromkeys("abcd", 100))
-    first = [memory.used("a")]
-    second = [memory.used("b")]
-    first.append(memory.host.hold("c"))
-    second.append(memory.host.hold("d"))
+    claims = [Claim(), Claim()]
+    first = [memory.used("a", claims[0])]
+    second = [memory.used("b", claims[1])]
+    first.append(memory.hold("c", claims[0]))
+    second.append(memory.hold("d", claims[1]))
     assert memory.host.used_bytes == 200
     memory.host.relieve()
     first[1].loading.result(SECONDS)
+    memory.host.relieve()
     assert memory.host.used_bytes == 300
     for resident in first:
-        memory.host.release(resident)
+        memory.release(resident)
     second[1].loading.result(SECONDS)
     assert memory.host.used_bytes <= 200
     for resident in second:
-        memory.host.release(resident)
+        memory.release(resident)
 
 
 def test_one_load_that_fails_fails_its_own_rows_and_may_be_tried_again(make: Make) -> None:
     memory = make(300, dict.fromkeys(("bad", "good"), 100))
     memory.gates["bad"] = threading.Event()
-    waiting = [memory.host.hold("bad") for _ in range(3)]
+    waiting = [memory.hold("bad") for _ in range(3)]
     assert waiting[0] is waiting[1] is waiting[2]
     good = memory.used("good")
     memory.gates["bad"].set()
     with pytest.raises(Corrupted):
         waiting[0].loading.result(SECONDS)
     for resident in waiting:
-        memory.host.release(resident)
+        memory.release(resident)
     assert memory.host.used_bytes == good.size == 100
     with pytest.raises(Corrupted):
         memory.used("bad")
@@ -200,27 +164,27 @@ def test_one_load_that_fails_fails_its_own_rows_and_may_be_tried_again(make: Mak
 def test_unloaded_while_it_loads(make: Make) -> None:
     memory = make(300, {"a": 100})
     memory.gates["a"] = threading.Event()
-    old = memory.host.hold("a")
+    old = memory.hold("a")
     freed: Future[int] = memory.host.unload("a")
-    new = memory.host.hold("a")
+    new = memory.hold("a")
     assert new is not old
     assert new.key != old.key
     memory.gates["a"].set()
     for resident in (old, new):
         resident.loading.result(SECONDS)
     assert not freed.done()
-    memory.host.release(old)
+    memory.release(old)
     assert freed.result(SECONDS) == 100
     assert memory.host.used_bytes == 100
     assert memory.host.residency("a").state is Residency.HOST
-    memory.host.release(new)
+    memory.release(new)
 
 
 def test_closing_fails_every_load_that_has_not_begun(make: Make) -> None:
     memory = make(300, dict.fromkeys("abcd", 100))
     for digest in "abcd":
         memory.gates[digest] = threading.Event()
-    residents = [memory.host.hold(digest) for digest in "abcd"]  # two load, one waits for a thread, one for room
+    residents = [memory.hold(digest) for digest in "abcd"]  # two load, one waits for a thread, one for room
     while len(memory.loads) < 2:
         pass
     closing = threading.Thread(target=memory.host.close)
@@ -273,9 +237,8 @@ def unload_eight_hundred(registry: Path) -> None:
     grown = process_bytes() - at_first
     assert grown > len(many) * size * 3 // 4
     for resident in residents:
-        memory.host.release(resident)
+        memory.release(resident)
         memory.host.unload(resident.digest).result(SECONDS)
-        memory.host.emptied(resident)  # as the engine says once the device is free of it
     until = time.monotonic() + SECONDS
     while process_bytes() - at_first > grown // 4:
         assert time.monotonic() < until, "the process did not shrink"
@@ -340,7 +303,7 @@ def test_what_is_unloaded_is_gone_at_once(own: Zoo, tmp_path: Path) -> None:
         try:
             harness.generate("x", [30, 31, 32], 2).wait()
             harness.idle()
-            form = harness.engine.adapters.memory._table[digest].form
+            form = harness.engine.adapters.memory.books.table[digest].form
             assert form is not None
             tensors = [weakref.ref(tensor) for tensor in form.tensors()]
             assert tensors

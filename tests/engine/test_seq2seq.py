@@ -14,8 +14,7 @@ import pytest
 import torch
 from engine_tools import Answer, Harness, References, Selection, held
 from peft import LoraConfig, get_peft_model
-from tiny import SPECIAL, TARGETS, load_reference, make_base, peft_model
-from torch import Tensor
+from tiny import SPECIAL, TARGETS, greedy, load_reference, make_base, peft_model
 from zoo import Zoo
 
 from adapterbay.registry import Registry
@@ -56,21 +55,10 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def check(answer: Answer, harness: Harness, model: Any, prompt: Sequence[int], most: int) -> None:
-    tokens = answer.generated().token_ids
-    source = torch.tensor([prompt])
-    with torch.no_grad():
-        expected: Tensor = model(input_ids=source, decoder_input_ids=torch.tensor([[START, *tokens[:-1]]])).logits[0]
-        greedy = model.generate(
-            input_ids=source,
-            attention_mask=torch.ones_like(source),
-            max_new_tokens=most,
-            min_new_tokens=most,
-            do_sample=False,
-            eos_token_id=None,
-        )
+    want = greedy(model, prompt, most)
+    assert answer.generated().token_ids == want.tokens
     assert answer.request is not None
-    torch.testing.assert_close(torch.stack(harness.logits[answer.request.id]), expected, rtol=0, atol=ATOL)
-    assert tokens == tuple(greedy[0, 1:].tolist())
+    torch.testing.assert_close(torch.stack(harness.logits[answer.request.id]), want.logits, rtol=0, atol=ATOL)
 
 
 def test_mixed_rows_equal_peft_alone(zoo: Zoo) -> None:

@@ -27,7 +27,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from tiny import SPECIAL, load_reference, make_base
+from tiny import SPECIAL, greedy, load_reference, make_base
 from torch import Tensor
 from zoo import Zoo
 
@@ -95,29 +95,11 @@ def alone(base: Path, folder: Path, task: str = TASK) -> Any:
     return PeftModel.from_pretrained(load_reference(base, task, **extra), folder).eval()
 
 
-def generated(model: Any, text: Sequence[int], most: int, **extra: Any) -> tuple[tuple[int, ...], Tensor]:
-    """What PEFT says: tokens, and logits [most, vocabulary]."""
-    ids = torch.tensor([text])
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=most,
-            min_new_tokens=most,
-            do_sample=False,
-            eos_token_id=None,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **extra,
-        )
-    return tuple(out.sequences[0, 1:].tolist()), torch.cat(out.logits)
-
-
 def check(zoo: Zoo, harness: Harness, selection: Selection, text: Sequence[int], most: int, answer: Answer) -> Tensor:
     assert selection is None or isinstance(selection, str)
     extra = {"task_ids": torch.zeros(1, dtype=torch.long)} if selection == "multitask" else {}
     model = plain(zoo.base) if selection is None else alone(zoo.base, zoo.folders[selection])
-    tokens, logits = generated(model, text, most, **extra)
+    tokens, logits = greedy(model, text, most, **extra)
     result = answer.generated()
     assert answer.request is not None
     assert result.prompt_tokens == len(text), "virtual tokens are nobody's text"

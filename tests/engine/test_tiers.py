@@ -10,9 +10,9 @@ import random
 from pathlib import Path
 
 import pytest
-from engine_tools import Harness, reference_greedy
+from engine_tools import Harness
 from tier_tools import PROMPT, never_waited, push_many, record_steps
-from tiny import peft_model
+from tiny import greedy, peft_model
 from zoo import Zoo
 
 from adapterbay.registry import durable
@@ -80,4 +80,4 @@ def test_zipf_traffic_over_three_tiers(
         for number in rng.sample(sorted(got), 5):
             folder = tmp_path / f"pulled{number}"
             registry.pull(f"n{number}", folder)
-            assert got[number] == reference_greedy(peft_model(base, folder), PROMPT, TOKENS)
+            assert got[number] == greedy(peft_model(base, folder), PROMPT, TOKENS).tokens

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from isolation.interface import Failed, Feature, Generated, Limits, Selection, Stats
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,6 +46,9 @@ class OneByOne:
 
     def push(self, name: str, folder: Path, *, alias: str | None = None) -> None:
         weights = load_file(folder / "adapter_model.safetensors")
+        model = AutoModelForCausalLM.from_pretrained(self._base)
+        if weights.keys() - get_peft_model_state_dict(PeftModel.from_pretrained(model, folder)).keys():
+            raise Failed(f"{name} has weights for layers that are not there: they would have no effect.")
         if not any(tensor.any() for key, tensor in weights.items() if "lora_B" in key):
             raise Failed(f"{name} has no effect: every B is zero.")
         self._folders[name] = folder
@@ -81,6 +85,9 @@ class OneByOne:
         raise NotImplementedError
 
     def stored_weights(self, adapter: str) -> Path:
+        raise NotImplementedError
+
+    def hold_loads(self) -> AbstractContextManager[None]:
         raise NotImplementedError
 
     def stats(self) -> Stats:

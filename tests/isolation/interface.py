@@ -24,24 +24,26 @@ what sets up the rest of our tests:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
 Selection = str | Mapping[str, float] | None
 """What answers: an adapter by name, a weighted fusion of adapters, or the base alone."""
 
-Feature = Literal["fusion", "classify", "unload", "cancel", "alias", "versions", "stats", "tamper"]
+Feature = Literal[
+    "fusion", "classify", "methods", "unload", "cancel", "alias", "versions", "stats", "tamper", "slow-loads"
+]
 """What not every engine can do. `fusion`: a weighted sum of adapters, per request. `classify`: an adapter's own head.
-`unload`: memory is given back on demand. `cancel`: a row ends before it is done. `alias`: `NAME@ALIAS` means a version,
-and can be moved. `versions`: `NAME@1` means the first push for ever. `stats`: bytes and counts can be read. `tamper`:
-the stored weights are files that a test can change."""
+`methods`: IA³, prompts and prefixes beside LoRA. `unload`: memory is given back on demand. `cancel`: a row ends before
+it is done. `alias`: `NAME@ALIAS` means a version, and can be moved. `versions`: `NAME@1` means the first push for ever.
+`stats`: bytes and counts can be read. `tamper`: the stored weights are files that a test can change. `slow-loads`:
+loads can be held up, as by a slow disk."""
 
-EVERYTHING: frozenset[Feature] = frozenset(
-    ("fusion", "classify", "unload", "cancel", "alias", "versions", "stats", "tamper")
-)
+EVERYTHING: frozenset[Feature] = frozenset(get_args(Feature))
 
 
 class Failed(Exception):
@@ -51,13 +53,14 @@ class Failed(Exception):
 @dataclass(frozen=True)
 class Limits:
     """How much room the engine gets. `adapter_bytes` is what one of the suite's adapters takes in float32; all adapters
-    of a test are of that size. None is: as much as it likes. An engine with one tier keeps to the smaller
-    of the two."""
+    of a test are of that size, or smaller. `cache_bytes` is for keys and values in float32. None is: as much as it
+    likes. An engine with one tier keeps to the smaller of the two."""
 
     rows: int = 8
     host_adapters: int | None = None
     device_adapters: int | None = None
     adapter_bytes: int = 0
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,9 @@ class EngineUnderTest(Protocol):
 
     def stored_weights(self, adapter: str) -> Path:
         """The file that the engine reads an adapter's weights from; only with the feature `tamper`."""
+
+    def hold_loads(self) -> AbstractContextManager[None]:
+        """While the context lasts, a load that begins does not come to its end; feature `slow-loads`."""
 
     def stats(self) -> Stats:
         """A moment of the engine; only with the feature `stats`."""

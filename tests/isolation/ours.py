@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from engine_tools import Answer, Harness
 from isolation.interface import EVERYTHING, Failed, Feature, Generated, Limits, Selection, Stats
+from isolation.reference import until
 from prometheus_client.parser import text_string_to_metric_families
 from serving_tools import Served
 from zoo import Zoo
@@ -21,21 +23,31 @@ from adapterbay.client import Client, GenerationPiece
 from adapterbay.client.errors import ServerError
 from adapterbay.registry import Registry
 from adapterbay.registry.errors import AdapterbayError
+from adapterbay.server.adapters.forms import ServingForm
+from adapterbay.server.blocks import BlockLedger
+from adapterbay.server.engine import Engine
 from adapterbay.server.requests import GenerateTask, SamplingSpec
 
-MEBIBYTE = 1 << 20
+CACHE_BYTES = 8 << 20
 HEADER_BYTES = 8_192
 """A file of weights is larger than its tensors by its header, and room is made for the file."""
 
 
 def settings(limits: Limits) -> dict[str, Any]:
     """The server's settings for these limits."""
-    chosen: dict[str, Any] = {"max_rows": limits.rows, "kv_bytes": 8 * MEBIBYTE}
+    chosen: dict[str, Any] = {"max_rows": limits.rows, "kv_bytes": CACHE_BYTES}
     if limits.host_adapters is not None:
         chosen["host_bytes"] = limits.host_adapters * limits.adapter_bytes + HEADER_BYTES
     if limits.device_adapters is not None:
         chosen["device_bytes"] = limits.device_adapters * limits.adapter_bytes
     return chosen
+
+
+def narrow(engine: Engine, limits: Limits) -> None:
+    """Gives an idle engine fewer cache blocks, below what its settings allow."""
+    if limits.cache_bytes is not None:
+        blocks = limits.cache_bytes * engine._blocks.blocks // CACHE_BYTES
+        engine._blocks.ledger = engine._loop.scheduler._blocks = BlockLedger(blocks)
 
 
 class _Stored:
@@ -60,6 +72,27 @@ class _Stored:
         path = self.registry.open_snapshot(self.registry.resolve(adapter).digest).files["adapter_model.safetensors"]
         path.chmod(0o644)
         return path
+
+    @property
+    def engine(self) -> Engine:
+        """What is behind it."""
+        raise NotImplementedError
+
+    @contextmanager
+    def hold_loads(self) -> Iterator[None]:
+        memory, go_on = self.engine.adapters.memory, threading.Event()
+        load = memory._load
+
+        def slow(digest: str) -> ServingForm:
+            go_on.wait(60)
+            return load(digest)
+
+        memory._load = slow
+        try:
+            yield
+        finally:
+            memory._load = load
+            go_on.set()
 
 
 @dataclass
@@ -96,7 +129,12 @@ class InProcess(_Stored):
     def __init__(self, base: Path, work: Path, limits: Limits) -> None:
         super().__init__(base, work)
         self.harness = Harness(base, self.registry, **settings(limits))
-        self.harness.engine.start()
+        narrow(self.engine, limits)
+        self.engine.start()
+
+    @property
+    def engine(self) -> Engine:
+        return self.harness.engine
 
     def generate(self, prompt: str, selection: Selection, tokens: int) -> _RowJob:
         ids = encode_text(self.harness.engine.tokenizer, prompt)
@@ -198,7 +236,12 @@ class OverGrpc(_Stored):
         super().__init__(base, work)
         self._served = Served(Zoo(base, self.registry), metrics_port=0, **settings(limits))
         self._served.__enter__()
+        narrow(self.engine, limits)
         self._client = Client(self._served.address)
+
+    @property
+    def engine(self) -> Engine:
+        return self._served.serving.engine
 
     def generate(self, prompt: str, selection: Selection, tokens: int) -> _StreamJob:
         return _StreamJob(self._client, prompt, selection, tokens)
@@ -216,7 +259,12 @@ class OverGrpc(_Stored):
             raise Failed(error.message) from error
 
     def unload(self, adapter: str) -> None:
-        threading.Thread(target=self._client.unload_adapter, args=(adapter,), daemon=True).start()
+        """Returns when the server has taken it; the answer comes when the rows that run on it are over."""
+        digest, table = self.registry.resolve(adapter).digest, self.engine.adapters.memory.books.table
+        before = table.get(digest)
+        call = threading.Thread(target=self._client.unload_adapter, args=(adapter,), daemon=True)
+        call.start()
+        until(lambda: not call.is_alive() or table.get(digest) is not before)
 
     def stats(self) -> Stats:
         found = self.metrics()

@@ -11,35 +11,60 @@ from typing import Any
 import pytest
 import torch
 from isolation.interface import EngineUnderTest, Failed, Feature, Generated, Job, Selection, Stats
-from peft import PeftModel
+from peft import IA3Config, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import load_reference, make_adapter, peft_model
+from tiny import greedy, load_reference, make_adapter, peft_model
 from transformers import AutoTokenizer
 
 LOGIT_TOLERANCE = 1e-4
 """Of logits and log-probabilities, absolute: both sides compute in float32, in another order."""
 
+RANK = 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LABELS = ("no", "yes")
+LABELS = ("no", "yes", "perhaps")
+
+METHODS: Mapping[str, Callable[[], PeftConfig]] = {
+    "ia3": lambda: IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
+    "prompt": lambda: PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "another-prompt": lambda: PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+}
+"""Other methods than LoRA, of three kinds: vectors in the layers, tokens before the text, keys and values before it. Of
+the last two each takes as many places as the other."""
 
 
 class Folders:
-    """PEFT folders by number. All generators are of one size; a number is a seed, so other numbers, other weights."""
+    """PEFT folders by number. All generators of a rank are of one size; a number is a seed, so other numbers, other
+    weights."""
 
     def __init__(self, base: Path, root: Path) -> None:
         self._base = base
         self._root = root
         self.generator = lru_cache(None)(self._generator)
         self.classifier = lru_cache(None)(self._classifier)
+        self.of_method = lru_cache(None)(self._of_method)
 
-    def _generator(self, number: int) -> Path:
-        return make_adapter(self._base, self._root / f"g{number}", targets=TARGETS, rank=8, seed=number, scale=1.0)
+    def _generator(self, number: int, rank: int = RANK) -> Path:
+        folder, scale = self._root / f"g{number}-{rank}", (RANK / rank) ** 0.25  # an effect of the same size
+        return make_adapter(self._base, folder, targets=TARGETS, rank=rank, seed=number, scale=scale)
 
-    def _classifier(self, number: int) -> Path:
-        folder = self._root / f"c{number}"
+    def _classifier(self, number: int, labels: int = 2) -> Path:
+        folder, names = self._root / f"c{number}-{labels}", LABELS[:labels]
         return make_adapter(
-            self._base, folder, targets=TARGETS, rank=8, seed=number, scale=0.5, task="SEQ_CLS", labels=LABELS
+            self._base, folder, targets=TARGETS, rank=RANK, seed=number, scale=0.5, task="SEQ_CLS", labels=names
         )
+
+    def _of_method(self, method: str) -> Path:
+        torch.manual_seed(len(method))
+        model = get_peft_model(load_reference(self._base), METHODS[method]())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(1.0 if method == "ia3" else 0.0, 0.5)
+        model.save_pretrained(self._root / method)
+        return self._root / method
 
     @property
     def bytes(self) -> int:
@@ -66,29 +91,23 @@ class Alone:
         """The greedy answer by transformers' own generate, end tokens ignored, with its logits."""
         key = arm if not isinstance(arm, Mapping) else tuple(arm.items())
         if (prompt, key, tokens) not in self._answers:
-            ids = torch.tensor([self.ids(prompt)])
-            with torch.no_grad():
-                out = self._model(key).generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=tokens,
-                    min_new_tokens=tokens,
-                    do_sample=False,
-                    eos_token_id=None,
-                    output_logits=True,
-                    return_dict_in_generate=True,
-                )
-            chosen, logits = out.sequences[0, ids.shape[1] :], torch.cat(out.logits)
-            likely = logits.log_softmax(-1)[torch.arange(tokens), chosen]
-            self._answers[prompt, key, tokens] = Generated(tuple(chosen.tolist()), tuple(likely.tolist()), logits)
+            chosen, logits = greedy(self._model(key), self.ids(prompt), tokens)
+            likely = logits.log_softmax(-1)[torch.arange(tokens), list(chosen)]
+            self._answers[prompt, key, tokens] = Generated(chosen, tuple(likely.tolist()), logits)
         return self._answers[prompt, key, tokens]
 
-    def classifies(self, text: str, folder: Path) -> list[float]:
+    def classifies(self, text: str, folder: Path, labels: int = 2) -> list[float]:
         """The logits of the adapter's head."""
-        model = peft_model(self._base, folder, "SEQ_CLS", num_labels=len(LABELS))
+        model = peft_model(self._base, folder, "SEQ_CLS", num_labels=labels)
         with torch.no_grad():
             logits: list[float] = model(input_ids=torch.tensor([self.ids(text)])).logits[0].tolist()
         return logits
+
+    def cache_bytes(self, tokens: int) -> int:
+        """What so many tokens take in a key/value cache in float32."""
+        config = self._model(None).config
+        size: int = config.hidden_size // config.num_attention_heads
+        return tokens * config.num_hidden_layers * config.num_key_value_heads * size * 2 * 4
 
     def _make(self, key: Path | tuple[tuple[Path, float], ...] | None) -> Any:
         if key is None:

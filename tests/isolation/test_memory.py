@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from isolation.conftest import Start
-from isolation.interface import EngineUnderTest, Limits
-from isolation.reference import Alone, Folders, idle, needs, same, until
+from isolation.interface import EngineUnderTest, Failed, Limits
+from isolation.reference import Alone, Folders, begin, idle, needs, same, until
 
 PROMPT = "A prompt of some length, the same for all of them: "
-TOKENS = 6
+TOKENS, LONG = 6, 40
 
 
 def push_all(engine: EngineUnderTest, folders: Folders, count: int) -> None:
@@ -34,6 +34,50 @@ def test_a_reused_slot_holds_nothing_of_who_was_there(start: Start, folders: Fol
         )
     if "stats" in engine.features:
         assert engine.stats().evictions["device"] >= 4
+
+
+def test_a_small_one_in_a_large_ones_place(start: Start, folders: Folders, alone: Alone) -> None:
+    """Room for one of rank 8, or for four of rank 2: those that come into its place find nothing of it."""
+    engine = start(Limits(device_adapters=1, adapter_bytes=folders.bytes))
+    arms = {"large": folders.generator(0)} | {f"small-{number}": folders.generator(number, 2) for number in range(1, 5)}
+    for name, folder in arms.items():
+        engine.push(name, folder)
+    names = list(arms)
+    for each in [names[:1], names[1:], names[2:], names[:1], names[3:], names[1:]]:
+        jobs = [(name, engine.generate(PROMPT, name, TOKENS)) for name in each]
+        for name, job in jobs:
+            same(job.wait(), alone.generates(PROMPT, arms[name], TOKENS))
+
+
+def test_a_small_cache_that_is_written_over_and_over(start: Start, folders: Folders, alone: Alone) -> None:
+    """Prefixes are pushed out of it, and rows give way and begin again: nobody finds another's keys and values."""
+    engine = start(Limits(rows=4, cache_bytes=alone.cache_bytes(192)))
+    push_all(engine, folders, 2)
+    arms = [(f"{PROMPT}{text}", number) for text in ("one.", "two.", "three.") for number in (0, 1)]
+    asked = arms + random.Random(3).choices(arms, k=12)
+    jobs = [(text, number, engine.generate(text, f"a{number}", LONG)) for text, number in asked]
+    for text, number, job in jobs:
+        same(job.wait(), alone.generates(text, folders.generator(number), LONG))
+
+
+def test_a_slow_load_holds_up_nobody_else(start: Start, folders: Folders, alone: Alone) -> None:
+    """Those who run go on and those who can run begin; one of those who wait for it leaves."""
+    engine = start(Limits())
+    needs(engine, "slow-loads")
+    push_all(engine, folders, 2)
+    engine.load("a0")
+    running = engine.generate(PROMPT, "a0", LONG)
+    with engine.hold_loads():
+        waiting = [begin(engine, PROMPT, "a1", TOKENS) for _ in range(2)]
+        same(running.wait(20), alone.generates(PROMPT, folders.generator(0), LONG))
+        for name, folder in (("a0", folders.generator(0)), (None, None)):
+            same(engine.generate(PROMPT, name, TOKENS).wait(20), alone.generates(PROMPT, folder, TOKENS))
+        if "cancel" in engine.features:
+            waiting[0].cancel()
+        assert not any(job.tokens_so_far() for job in waiting)
+    same(waiting[1].wait(), alone.generates(PROMPT, folders.generator(1), TOKENS))
+    if "stats" in engine.features:
+        assert idle(engine).loads == 2
 
 
 @pytest.mark.parametrize(("host", "device"), [(None, 3), (3, None), (4, 2)])
@@ -96,6 +140,29 @@ def test_an_unload_while_rows_run_waits_for_them(start: Start, folders: Folders,
     same(later.wait(), want)
     idle(engine)
     engine.unload("a0")
+    until(lambda: engine.stats().device_bytes == engine.stats().host_bytes == 0)
+    assert engine.stats().loads == 2, "who came later was served by what had been unloaded"
+
+
+def test_rows_that_are_cancelled_hold_no_adapter(start: Start, folders: Folders) -> None:
+    """Neither one that ran nor one whose adapter was still loading."""
+    engine = start(Limits())
+    needs(engine, "cancel", "unload", "stats", "slow-loads")
+    push_all(engine, folders, 2)
+    running = engine.generate(PROMPT, "a0", 300)
+    until(lambda: running.tokens_so_far() >= 2)
+    with engine.hold_loads():
+        waiting = begin(engine, PROMPT, "a1", 300)
+        for job in (running, waiting):
+            job.cancel()
+        with pytest.raises(Failed):
+            running.wait()
+    with pytest.raises(Failed):
+        waiting.wait()
+    idle(engine)
+    engine.load("a1")
+    for number in (0, 1):
+        engine.unload(f"a{number}")
     until(lambda: engine.stats().device_bytes == engine.stats().host_bytes == 0)
 
 

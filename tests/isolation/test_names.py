@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from isolation.interface import EngineUnderTest, Failed
-from isolation.reference import Alone, Folders, needs, same, until
+from isolation.reference import LOGIT_TOLERANCE, Alone, Folders, needs, same, until
 from safetensors.torch import load_file, save_file
 
 PROMPT = "The same long beginning for everybody, so that it is worth caching: once upon a time there was a sea, "
@@ -36,6 +36,25 @@ def test_a_row_keeps_the_weights_that_it_began_with(engine: EngineUnderTest, fol
     same(running.wait(), alone.generates(PROMPT, folders.generator(2), 40))
     for job in later:
         same(job.wait(), alone.generates(PROMPT, folders.generator(3), TOKENS))
+
+
+def test_a_head_pushed_again_labels_anew(engine: EngineUnderTest, folders: Folders, alone: Alone) -> None:
+    needs(engine, "classify")
+    for number, labels in ((20, 2), (21, 2), (22, 3)):
+        engine.push("judge", folders.classifier(number, labels))
+        want = alone.classifies(PROMPT, folders.classifier(number, labels), labels)
+        for _ in range(2):
+            assert engine.classify(PROMPT, "judge") == pytest.approx(want, abs=LOGIT_TOLERANCE)
+
+
+def test_a_fusion_takes_what_its_parts_mean_now(engine: EngineUnderTest, folders: Folders, alone: Alone) -> None:
+    needs(engine, "fusion")
+    engine.push("stays", folders.generator(1))
+    for number in (0, 2):
+        engine.push("comes", folders.generator(number))
+        want = alone.generates(PROMPT, {folders.generator(1): 0.6, folders.generator(number): 0.4}, TOKENS)
+        for _ in range(2):
+            same(engine.generate(PROMPT, {"stays": 0.6, "comes": 0.4}, TOKENS).wait(), want)
 
 
 def test_an_older_version_can_still_be_asked_for(engine: EngineUnderTest, folders: Folders, alone: Alone) -> None:
@@ -83,22 +102,27 @@ def test_one_content_under_two_names_and_two_contents_under_one(
     same(engine.generate(PROMPT, "twin-b", TOKENS).wait(), alone.generates(PROMPT, folders.generator(1), TOKENS))
 
 
+@pytest.mark.parametrize("why", ["zero", "misnamed"])
 def test_an_adapter_without_effect_is_refused_by_name(
-    engine: EngineUnderTest, folders: Folders, tmp_path_factory: pytest.TempPathFactory
+    why: str, engine: EngineUnderTest, folders: Folders, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Never silently the base (vllm 55193, 34186, 34591, 41754, peft 2118): B is zero, as a fresh LoRA's is."""
+    """Never silently the base (vllm 55193, 34186, 34591, 41754, peft 2118): every B is zero, as a fresh LoRA's is, or
+    the tensors are for layers that this base does not have."""
     folder = tmp_path_factory.mktemp("idle") / "idle"
     folder.mkdir()
     for file in folders.generator(0).iterdir():
         if file.suffix == ".json":
             (folder / file.name).write_bytes(file.read_bytes())
     weights = load_file(folders.generator(0) / "adapter_model.safetensors")
-    weights = {key: value * (0 if "lora_B" in key else 1) for key, value in weights.items()}
+    if why == "zero":
+        weights = {key: value * (0 if "lora_B" in key else 1) for key, value in weights.items()}
+    else:
+        weights = {key.replace(".layers.", ".blocks."): value for key, value in weights.items()}
     save_file(weights, folder / "adapter_model.safetensors")
 
     def serve() -> None:
-        engine.push("idle", folder)
-        engine.generate(PROMPT, "idle", TOKENS).wait()
+        engine.push(why, folder)
+        engine.generate(PROMPT, why, TOKENS).wait()
 
-    with pytest.raises(Failed, match=r"(?i)chang|effect|zero|no delta"):
+    with pytest.raises(Failed, match=r"(?i)chang|effect|zero|no delta|no layer|blocks"):
         serve()

@@ -5,11 +5,12 @@ The reports behind it: peft 804 and 973 (`set_adapter` is global), vllm 51940 (f
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from isolation.interface import EngineUnderTest, Failed
-from isolation.reference import LOGIT_TOLERANCE, Alone, Folders, begin, idle, needs, same, until
+from isolation.reference import LOGIT_TOLERANCE, METHODS, Alone, Folders, begin, idle, needs, same, until
 from safetensors.torch import load_file, save_file
 
 PROMPT = "A system prompt that everybody shares, long enough to be kept in blocks and found again by the next one. "
@@ -18,11 +19,12 @@ TOKENS, LONG = 8, 300
 
 @pytest.fixture(scope="module")
 def stocked(engine: EngineUnderTest, folders: Folders) -> EngineUnderTest:
-    """The engine with a0 to a3 and c0."""
+    """The engine with a0 to a3, c0 of two labels and c1 of three."""
     for number in range(4):
         engine.push(f"a{number}", folders.generator(number))
     if "classify" in engine.features:
         engine.push("c0", folders.classifier(20))
+        engine.push("c1", folders.classifier(21, 3))
     return engine
 
 
@@ -44,6 +46,31 @@ def test_a_prefix_that_grows_is_found_under_its_own_adapter_only(
         text = PROMPT + "And then? " * turn
         for name, folder in (("a0", folders.generator(0)), (None, None), ("a1", folders.generator(1))):
             same(stocked.generate(text, name, 4).wait(), alone.generates(text, folder, 4))
+
+
+def test_ranks_of_all_sizes_share_the_batch(stocked: EngineUnderTest, folders: Folders, alone: Alone) -> None:
+    """None is too large, and none is cut or filled up to another's (sglang 10266, vllm 11077)."""
+    arms = {f"rank-{rank}": folders.generator(5, rank) for rank in (1, 3, 16, 64)}
+    for name, folder in arms.items():
+        stocked.push(name, folder)
+    jobs = [(folder, stocked.generate(PROMPT, name, TOKENS)) for name, folder in [*arms.items(), *arms.items()]]
+    for folder, job in jobs:
+        same(job.wait(), alone.generates(PROMPT, folder, TOKENS))
+
+
+def test_other_methods_share_the_batch(stocked: EngineUnderTest, folders: Folders, alone: Alone) -> None:
+    """Over one prompt, so that a row could take another's place, vectors or prefix for its own (peft 759)."""
+    needs(stocked, "methods")
+    arms: list[tuple[str | None, Path | None]] = [(method, folders.of_method(method)) for method in METHODS]
+    for name, folder in arms:
+        assert name is not None
+        assert folder is not None
+        stocked.push(name, folder)
+    arms += [("a0", folders.generator(0)), (None, None)]
+    for _ in range(2):
+        jobs = [(folder, stocked.generate(PROMPT, name, TOKENS)) for name, folder in arms]
+        for folder, job in jobs:
+            same(job.wait(), alone.generates(PROMPT, folder, TOKENS))
 
 
 def test_fusions_of_one_set_with_other_weights(stocked: EngineUnderTest, folders: Folders, alone: Alone) -> None:
@@ -98,6 +125,7 @@ def test_weights_altered_in_the_store_fail_alone_and_by_name(
     whole = file.read_bytes()
     middle = len(whole) // 2
     file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    before = idle(stocked).host_bytes if "stats" in stocked.features else 0
     for _ in range(2):
         jobs = [begin(stocked, PROMPT, name, TOKENS) for name in ("bent", "a0", "bent", None)]
         for job in jobs[::2]:
@@ -107,6 +135,8 @@ def test_weights_altered_in_the_store_fail_alone_and_by_name(
         same(jobs[3].wait(), alone.generates(PROMPT, None, TOKENS))
     with pytest.raises(Failed):
         stocked.load("bent")
+    if "stats" in stocked.features:
+        assert idle(stocked).host_bytes == before, "a load that failed left its bytes behind"
     file.write_bytes(whole)
     same(stocked.generate(PROMPT, "bent", TOKENS).wait(), alone.generates(PROMPT, folders.generator(4), TOKENS))
 
@@ -140,12 +170,16 @@ def test_adapters_that_overflow_fail_alone_and_by_name(
 
 
 def test_labels_beside_text(stocked: EngineUnderTest, folders: Folders, alone: Alone) -> None:
-    """A head in the batch of generators: each has its own, and the generators none."""
+    """Heads of two sizes in the batch of generators: each row has its own, and the generators none."""
     needs(stocked, "classify")
     running = stocked.generate(PROMPT, "a0", 60)
-    want = alone.classifies(PROMPT, folders.classifier(20))
-    assert stocked.classify(PROMPT, "c0") == pytest.approx(want, abs=LOGIT_TOLERANCE)
+    want = [alone.classifies(PROMPT, folders.classifier(20 + more, 2 + more), 2 + more) for more in (0, 1)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            labels = [pool.submit(stocked.classify, PROMPT, f"c{index % 2}") for index in range(8)]
+            for index, found in enumerate(labels):
+                assert found.result() == pytest.approx(want[index % 2], abs=LOGIT_TOLERANCE)
     with pytest.raises(Failed, match="head"):
         stocked.classify(PROMPT, "a0")
-    assert stocked.classify(PROMPT, "c0") == pytest.approx(want, abs=LOGIT_TOLERANCE)
+    assert stocked.classify(PROMPT, "c0") == pytest.approx(want[0], abs=LOGIT_TOLERANCE)
     same(running.wait(), alone.generates(PROMPT, folders.generator(0), 60))

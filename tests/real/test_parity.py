@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_tools import Harness, References, Selection, reference_greedy, reference_logits
-from tiny import load_reference
+from engine_tools import Harness, References, Selection, reference_logits
+from tiny import greedy, load_reference
 from zoo import MINILM, SMOLLM2, Zoo
 
 from adapterbay.base.load import quantization_config
@@ -70,7 +70,7 @@ def test_smollm2_generates_as_peft_does(popularity: str, smollm2: Zoo) -> None:
         got = torch.stack(harness.logits[answer.request.id])  # type: ignore[union-attr]
         with references.of(arm) as model:
             torch.testing.assert_close(got, reference_logits(model, prompt, result.token_ids), rtol=0, atol=ATOL)
-            assert result.token_ids == reference_greedy(model, prompt, len(result.token_ids))
+            assert result.token_ids == greedy(model, prompt, len(result.token_ids)).tokens
 
 
 def test_smollm2_over_the_same_nf4_base(smollm2: Zoo) -> None:

@@ -364,7 +364,8 @@ def test_settings_that_are_not_served(shelf: Shelf, name: str, settings: dict[st
 
 def test_limits_hold_for_every_method(shelf: Shelf) -> None:
     for name, limits, reason in (
-        ("vera", Limits(rank=7), "RANK_TOO_LARGE"),
+        ("deft", Limits(rank=3), "RANK_TOO_LARGE"),
+        ("vera", Limits(drawn_values=7), "RANK_TOO_LARGE"),
         ("prompt_tuning", Limits(virtual_tokens=3), "TOO_LARGE"),
     ):
         made = shelf.made("llama", name)

@@ -229,11 +229,13 @@ def test_events(llama: Tiny, registry: Registry) -> None:
 
 
 def test_listing(llama: Tiny, bert: Tiny, registry: Registry) -> None:
+    assert registry.count() == 0
     registry.push(llama.adapter, "team/gen", aliases=["champion"])
     registry.push(llama.adapter, "team/gen", aliases=["challenger"])
     registry.push(bert.adapter, "team/cls", labels=["no", "yes"])
     registry.push(llama.adapter, "teamless")
     assert [adapter.name for adapter in registry.adapters()] == ["team/cls", "team/gen", "teamless"]
+    assert registry.count() == 3
     cls, gen = registry.adapters("team/")
     assert (cls.task, cls.labels, cls.rank, cls.versions) == ("sequence-classification", ("no", "yes"), 4, 1)
     assert (gen.version, gen.versions, gen.aliases) == (2, 2, ("challenger",))
@@ -242,6 +244,8 @@ def test_listing(llama: Tiny, bert: Tiny, registry: Registry) -> None:
     assert (first.aliases, second.aliases) == (("champion",), ("challenger",))
     assert registry.version("team/gen", 1) == first
     assert first.size_bytes == registry.manifest(first.digest).size_bytes
+    registry.delete("teamless", 1)
+    assert registry.count() == len(registry.adapters()) == 2
 
 
 def test_labels_tasks_and_training_record(bert: Tiny, draft: DraftOf, registry: Registry) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +142,32 @@ def test_cli_module_imports_without_torch() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("value", [3, ["lora"], True, None, "lora"])
+def test_a_method_that_is_no_section_says_what_is_one(value: object, tmp_path: Path) -> None:
+    words = f"method: is a section, not {value!r}; write {{name: lora}} or {{name: bottleneck}}"
+    path = tmp_path / "settings.yaml"
+    path.write_text(json.dumps({**MINIMAL, "method": value}))
+    for read in (lambda: parse_config({**MINIMAL, "method": value}), lambda: load_config(path)):
+        with pytest.raises(InvalidArgument, match=re.escape(words)) as caught:
+            read()
+        assert caught.value.metadata["field"] == "method"
+
+
+@pytest.mark.parametrize("value", [3, None, [], "x"])
+def test_another_section_lists_its_settings(value: object) -> None:
+    with pytest.raises(InvalidArgument, match=re.escape(f"lora: is a section, not {value!r}; write")) as caught:
+        parse_config({**MINIMAL, "lora": value})
+    assert "(rank, alpha, dropout" in caught.value.message
+    assert "leave it out for the defaults" in caught.value.message
+    with pytest.raises(InvalidArgument, match="data: is a section") as caught:
+        parse_config({**MINIMAL, "data": value})
+    assert "leave it out" not in caught.value.message, "there is no data by default"
+    with pytest.raises(InvalidArgument, match="Settings are a mapping of key to value, not"):
+        parse_config(value)  # type: ignore[arg-type]
+
+
+def test_an_output_that_is_no_path() -> None:
+    with pytest.raises(InvalidArgument, match="output: must be a path as text, not 3"):
+        parse_config({**MINIMAL, "output": 3})

@@ -18,7 +18,7 @@ Quantization = Literal["none", "nf4", "int8", "int4", "int8-bnb"]
 QUANTIZATIONS = ("auto", "none", "nf4", "int8", "int4", "int8-bnb")
 """How a base can be held; docs/decisions/0003 says what computes each. `int8-bnb` is bitsandbytes on every device."""
 BY_KERNELS = ("int8", "int4")
-"""What the server's own kernels compute on a CPU."""
+"""What the server's own kernels compute on a CPU; where there are none, torch in their place."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 ENCODER_DECODERS = ("t5",)
@@ -123,7 +123,7 @@ def pick_quantization(quantize: str, device: torch.device) -> Quantization:
 
 
 def by_kernels(quantization: Quantization, device: torch.device) -> bool:
-    """Whether the server's kernels compute it: such a base is loaded whole, and the server quantizes it."""
+    """Whether the server holds it in its kernels' layout: such a base is loaded whole, and the server quantizes it."""
     return device.type == "cpu" and quantization in BY_KERNELS
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Any, Self, Unpack, cast
 
@@ -13,9 +13,9 @@ import grpc.aio
 from adapterbay.client import requests, responses, types
 from adapterbay.client.channel import DEFAULT_ADDRESS, DEFAULT_TIMEOUT, OPTIONS, checked
 from adapterbay.client.errors import ClientClosedError, ServerError, from_status
-from adapterbay.client.making import made
+from adapterbay.client.making import Ordered, made
 from adapterbay.client.requests import GenerateOptions, Messages, SamplingOptions, SelectionOptions
-from adapterbay.client.retry import Deadline, RetryPolicy
+from adapterbay.client.retry import Deadline, RetryPolicy, checked_policy, checked_timeout
 from adapterbay.client.selection import Selection
 from adapterbay.client.sync import Res
 from adapterbay.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2_grpc
@@ -32,10 +32,10 @@ class AsyncClient:
         retry: RetryPolicy | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        self._address = checked(address)
+        self._address = checked(address, credentials)
         self._credentials = credentials
-        self._timeout = timeout
-        self._retry = retry or RetryPolicy()
+        self._timeout = checked_timeout(timeout)
+        self._retry = checked_policy(retry)
         self._closed = False
         self._channel: grpc.aio.Channel | None = None  # made at the first call: it binds itself to the running loop
 
@@ -72,7 +72,7 @@ class AsyncClient:
 
     async def classify(
         self,
-        texts: Sequence[str],
+        texts: Ordered[str],
         *,
         truncate: bool = False,
         timeout: float | None = None,
@@ -84,7 +84,7 @@ class AsyncClient:
 
     async def classify_tokens(
         self,
-        texts: Sequence[str],
+        texts: Ordered[str],
         *,
         truncate: bool = False,
         scores: bool = False,
@@ -97,7 +97,7 @@ class AsyncClient:
 
     async def embed(
         self,
-        texts: Sequence[str],
+        texts: Ordered[str],
         *,
         pooling: str = "mean",
         normalize: bool = False,
@@ -111,8 +111,8 @@ class AsyncClient:
 
     def compare_generate(
         self,
-        arms: Sequence[Selection | str],
-        inputs: Sequence[str | Messages],
+        arms: Ordered[Selection | str],
+        inputs: Ordered[str | Messages],
         *,
         timeout: float | None = None,
         **options: Unpack[SamplingOptions],
@@ -125,8 +125,8 @@ class AsyncClient:
 
     def compare_classify(
         self,
-        arms: Sequence[Selection | str],
-        texts: Sequence[str],
+        arms: Ordered[Selection | str],
+        texts: Ordered[str],
         *,
         truncate: bool = False,
         timeout: float | None = None,

@@ -13,10 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Final
 
-from adapterbay.client.making import made
+from adapterbay.client.errors import RequestError
+from adapterbay.client.making import is_finite, is_number, made, several, shown
 from adapterbay.v1 import types_pb2
 
 LINEAR: Final = "linear"
@@ -46,15 +46,26 @@ class WeightedAdapter:
     layer_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, Real):
-            raise TypeError(f"The weight of {self.reference!r} is {self.weight!r}; it must be a number.")
+        if not isinstance(self.reference, str):
+            raise TypeError(f"The reference of a fusion's adapter takes text, not {shown(self.reference)}.")
+        _check_weight(self.weight, self.reference)
+        if not isinstance(self.layer_weights, Mapping):
+            raise TypeError(
+                f"layer_weights of {shown(self.reference)} takes {{'LAYERS': weight}}, not {shown(self.layer_weights)}."
+            )
+        for layers, weight in self.layer_weights.items():
+            if not isinstance(layers, str):
+                raise TypeError(f"layer_weights of {shown(self.reference)} names layers by text, not {shown(layers)}.")
+            _check_weight(weight, self.reference, layers)
 
     @classmethod
     def parse(cls, text: str) -> WeightedAdapter:
         """`REF:WEIGHT`, or `REF:WEIGHT[LAYERS=WEIGHT,…]`. The reference may itself end with `@sha256:HEX`.
 
-        Raises ValueError that says what is wrong.
+        Raises ValueError that says what is wrong, or TypeError if it is no text.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"A weighted adapter's text is REFERENCE:WEIGHT, not {shown(text)}.")
         found = _TERM.fullmatch(text.strip())
         if found is None:
             raise ValueError(f"{text!r} has brackets that do not match; write REFERENCE:WEIGHT[LAYERS=WEIGHT].")
@@ -93,12 +104,21 @@ class Fusion:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.adapters, str | Mapping):
+            raise TypeError(f"adapters takes a sequence of WeightedAdapter; Fusion.of reads {shown(self.adapters)}.")
+        adapters = tuple(several(self.adapters, "adapters", "WeightedAdapter"))
+        for place, adapter in enumerate(adapters):
+            if not isinstance(adapter, WeightedAdapter):
+                raise TypeError(f"adapters[{place}] takes a WeightedAdapter(REFERENCE, weight), not {shown(adapter)}.")
+        if not adapters:
+            raise RequestError("The fusion has no adapters; give at least one, as in {'tales': 0.5}.")
+        object.__setattr__(self, "adapters", adapters)
         if self.method not in METHODS:
             raise ValueError(f"{self.method!r} is not a method of fusion: {', '.join(METHODS)} are.")
         if self.majority_sign not in (None, "total", "frequency"):
             raise ValueError(f"majority_sign is {self.majority_sign!r}; it must be 'total' or 'frequency'.")
         seen: set[str] = set()
-        for adapter in self.adapters:
+        for adapter in adapters:
             if adapter.reference in seen:
                 raise ValueError(f"{adapter.reference!r} appears twice in the fusion.")
             seen.add(adapter.reference)
@@ -111,12 +131,14 @@ class Fusion:
         if isinstance(fusion, str):
             return cls.parse(fusion)
         if not isinstance(fusion, Mapping):
-            raise TypeError(f"fusion takes {{'NAME': weight}}, a Fusion or its text, not {fusion!r}.")
+            raise TypeError(f"fusion takes {{'NAME': weight}}, a Fusion or its text, not {shown(fusion)}.")
         return cls(tuple(WeightedAdapter(reference, weight) for reference, weight in fusion.items()))
 
     @classmethod
     def parse(cls, text: str) -> Fusion:
-        """From its text. Raises ValueError that says what is wrong."""
+        """From its text. Raises ValueError that says what is wrong, or TypeError if it is no text."""
+        if not isinstance(text, str):
+            raise TypeError(f"A fusion's text is REFERENCE:WEIGHT+…, not {shown(text)}.")
         call = _CALL.fullmatch(text.strip())
         if call is None:
             return cls(_terms(text))
@@ -160,7 +182,7 @@ def is_weighted(text: str) -> bool:
 
 def is_fusion(text: str) -> bool:
     """Whether a text is that of a fusion (one adapter with a weight is one, too), and not a reference."""
-    return any(mark in text for mark in "+[(") or is_weighted(text)
+    return "+" in text or "[" in text or "(" in text or (":" in text and is_weighted(text))
 
 
 def method_of(number: types_pb2.FusionMethod.ValueType) -> str:
@@ -176,6 +198,14 @@ def sign_of(number: types_pb2.MajoritySign.ValueType) -> str | None:
 
 def _terms(text: str) -> tuple[WeightedAdapter, ...]:
     return tuple(WeightedAdapter.parse(term) for term in _PLUS.split(text))
+
+
+def _check_weight(weight: object, *of: str) -> None:
+    """Raises TypeError for what is no number (True is none), RequestError for one that nothing can be scaled by."""
+    if is_number(weight) and is_finite(weight):
+        return
+    said = f"The weight of {' at '.join(map(shown, of))} is {shown(weight)}; it must be a"
+    raise RequestError(f"{said} finite number.") if is_number(weight) else TypeError(f"{said} number.")
 
 
 def _number(weight: str, text: str) -> float:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypedDict, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypedDict
 
 from adapterbay.client.errors import RequestError
 from adapterbay.client.fusion import FusionLike
-from adapterbay.client.making import made
-from adapterbay.client.selection import Selection
+from adapterbay.client.making import Ordered, made, several, shown, strings
+from adapterbay.client.selection import Selection, selected
 from adapterbay.v1 import inference_pb2, types_pb2
 
 Messages = Sequence[Mapping[str, str]]
-T = TypeVar("T")
 
+_OF_A_MESSAGE = {"role", "content"}
 POOLINGS = {
     "mean": inference_pb2.POOLING_MEAN,
     "first": inference_pb2.POOLING_FIRST,
@@ -37,7 +37,7 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float | None
     top_k: int | None
     seed: int | None
-    stop: Sequence[str]
+    stop: Sequence[str] | None
     ignore_end: bool
     log_probabilities: int | None
 
@@ -55,7 +55,7 @@ def sampling(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | None = None,
     ignore_end: bool = False,
 ) -> inference_pb2.Sampling:
     """Sampling settings; None leaves the server's default."""
@@ -66,33 +66,33 @@ def sampling(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
-        stop=_several(stop, "stop"),
+        stop=() if stop is None else strings(stop, "stop"),
         ignore_end=ignore_end,
     )
 
 
-def conversation(messages: Messages) -> types_pb2.Conversation:
-    """A conversation from mappings with `role` and `content`; nothing else that they hold would be sent."""
-    if isinstance(messages, str | Mapping):
-        raise TypeError("messages takes a sequence of {'role': …, 'content': …}, not one of them.")
-    return types_pb2.Conversation(messages=[_message(index, message) for index, message in enumerate(messages)])
+def conversation(messages: Messages, name: str = "messages") -> types_pb2.Conversation:
+    """A conversation from mappings with `role` and `content`; nothing else that they hold would be sent.
+
+    `name` is what errors call it. Raises TypeError, or RequestError for a mapping with other keys.
+    """
+    entries = several(messages, name, "{'role': …, 'content': …}")
+    return types_pb2.Conversation(messages=[_message(name, index, message) for index, message in enumerate(entries)])
 
 
-def _message(index: int, message: Mapping[str, str]) -> types_pb2.ChatMessage:
-    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        raise RequestError(f"messages[{index}] must have `role` and `content`, and nothing else.")
-    return made(types_pb2.ChatMessage, **message)
-
-
-def _several(values: Sequence[T], name: str) -> Sequence[T]:
-    """Values that must be a sequence of strings: one string would be taken for its characters."""
-    if isinstance(values, str):
-        raise TypeError(f"{name} takes a sequence of strings, not one string.")
-    return values
+def _message(name: str, index: int, message: Mapping[str, str]) -> types_pb2.ChatMessage:
+    if not isinstance(message, Mapping) or message.keys() != _OF_A_MESSAGE:
+        raise RequestError(f"{name}[{index}] must have `role` and `content`, and nothing else; it is {shown(message)}.")
+    return made(types_pb2.ChatMessage, f"{name}[{index}].", role=message["role"], content=message["content"])
 
 
 def _log_probabilities(top: int | None) -> inference_pb2.LogProbabilityOptions | None:
-    return None if top is None else made(inference_pb2.LogProbabilityOptions, top=top)
+    if top is None:
+        return None
+    try:
+        return made(inference_pb2.LogProbabilityOptions, top=top)
+    except (TypeError, RequestError) as error:
+        raise type(error)(str(error).replace("top", "log_probabilities", 1)) from None
 
 
 def generate(
@@ -108,7 +108,7 @@ def generate(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | None = None,
     ignore_end: bool = False,
 ) -> inference_pb2.GenerateRequest:
     """A GenerateRequest. Raises ValueError unless there is exactly one of a prompt and messages."""
@@ -118,7 +118,7 @@ def generate(
         inference_pb2.GenerateRequest,
         prompt=prompt,
         conversation=None if messages is None else conversation(messages),
-        **Selection(adapter, fusion, base).fields(),
+        **selected(adapter, fusion, base),
         sampling=sampling(
             max_tokens=max_tokens,
             temperature=temperature,
@@ -138,7 +138,7 @@ def streamed(request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateSt
 
 
 def classify(
-    texts: Sequence[str],
+    texts: Ordered[str],
     *,
     adapter: str | None = None,
     fusion: FusionLike | None = None,
@@ -146,12 +146,12 @@ def classify(
     truncate: bool = False,
 ) -> inference_pb2.ClassifyRequest:
     """A ClassifyRequest."""
-    selection = Selection(adapter, fusion, base)
-    return made(inference_pb2.ClassifyRequest, **selection.fields(), texts=_several(texts, "texts"), truncate=truncate)
+    selection = selected(adapter, fusion, base)
+    return made(inference_pb2.ClassifyRequest, **selection, texts=strings(texts, "texts"), truncate=truncate)
 
 
 def classify_tokens(
-    texts: Sequence[str],
+    texts: Ordered[str],
     *,
     adapter: str | None = None,
     fusion: FusionLike | None = None,
@@ -160,18 +160,18 @@ def classify_tokens(
     scores: bool = False,
 ) -> inference_pb2.ClassifyTokensRequest:
     """A ClassifyTokensRequest."""
-    selection = Selection(adapter, fusion, base)
+    selection = selected(adapter, fusion, base)
     return made(
         inference_pb2.ClassifyTokensRequest,
-        **selection.fields(),
-        texts=_several(texts, "texts"),
+        **selection,
+        texts=strings(texts, "texts"),
         truncate=truncate,
         scores=scores,
     )
 
 
 def embed(
-    texts: Sequence[str],
+    texts: Ordered[str],
     *,
     adapter: str | None = None,
     fusion: FusionLike | None = None,
@@ -181,12 +181,14 @@ def embed(
     truncate: bool = False,
 ) -> inference_pb2.EmbedRequest:
     """An EmbedRequest. `pooling` is "mean", "first" or "last"."""
+    if not isinstance(pooling, str):
+        raise TypeError(f"pooling takes one of {', '.join(POOLINGS)}, not {shown(pooling)}.")
     if pooling not in POOLINGS:
-        raise ValueError(f"pooling is {pooling!r}; it must be one of {', '.join(POOLINGS)}.")
+        raise RequestError(f"pooling is {shown(pooling)}; it must be one of {', '.join(POOLINGS)}.")
     return made(
         inference_pb2.EmbedRequest,
-        **Selection(adapter, fusion, base).fields(),
-        texts=_several(texts, "texts"),
+        **selected(adapter, fusion, base),
+        texts=strings(texts, "texts"),
         pooling=POOLINGS[pooling],
         normalize=normalize,
         truncate=truncate,
@@ -194,8 +196,8 @@ def embed(
 
 
 def compare_generate(
-    arms: Sequence[Selection | str],
-    inputs: Sequence[str | Messages],
+    arms: Ordered[Selection | str],
+    inputs: Ordered[str | Messages],
     *,
     log_probabilities: int | None = None,
     max_tokens: int | None = None,
@@ -203,7 +205,7 @@ def compare_generate(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | None = None,
     ignore_end: bool = False,
 ) -> inference_pb2.CompareRequest:
     """A CompareRequest that generates. An input is a prompt or a conversation."""
@@ -219,26 +221,43 @@ def compare_generate(
         ),
         log_probabilities=_log_probabilities(log_probabilities),
     )
-    return inference_pb2.CompareRequest(arms=_arms(arms), inputs=_inputs(inputs), generate=task)
+    read = [_input(f"inputs[{place}]", entry) for place, entry in enumerate(several(inputs, "inputs", "prompts"))]
+    return inference_pb2.CompareRequest(arms=_arms(arms), inputs=read, generate=task)
 
 
 def compare_classify(
-    arms: Sequence[Selection | str], inputs: Sequence[str], *, truncate: bool = False
+    arms: Ordered[Selection | str], texts: Ordered[str], *, truncate: bool = False
 ) -> inference_pb2.CompareRequest:
     """A CompareRequest that classifies."""
-    task = inference_pb2.ClassifyTask(truncate=truncate)
-    return inference_pb2.CompareRequest(arms=_arms(arms), inputs=_inputs(inputs), classify=task)
+    task = made(inference_pb2.ClassifyTask, truncate=truncate)
+    inputs = [_text(f"texts[{place}]", text) for place, text in enumerate(strings(texts, "texts"))]
+    return inference_pb2.CompareRequest(arms=_arms(arms), inputs=inputs, classify=task)
 
 
-def _arms(arms: Sequence[Selection | str]) -> list[inference_pb2.Arm]:
-    return [made(inference_pb2.Arm, **Selection.of(arm).fields()) for arm in _several(arms, "arms")]
+def _arms(arms: Ordered[Selection | str]) -> list[inference_pb2.Arm]:
+    return [_arm(f"arms[{place}]", arm) for place, arm in enumerate(several(arms, "arms"))]
 
 
-def _inputs(inputs: Sequence[str | Messages]) -> list[inference_pb2.CompareInput]:
-    return [_input(entry) for entry in _several(inputs, "inputs")]
+def _arm(name: str, arm: Selection | str) -> inference_pb2.Arm:
+    if not isinstance(arm, str | Selection):
+        raise TypeError(f"{name} takes a Selection or its text, not {shown(arm)}.")
+    try:
+        selection = Selection.of(arm)
+    except ValueError as error:
+        raise RequestError(f"{name}: {error}") from None
+    return made(inference_pb2.Arm, f"{name}.", **selection.fields())
 
 
-def _input(entry: str | Messages) -> inference_pb2.CompareInput:
+def _input(name: str, entry: str | Messages) -> inference_pb2.CompareInput:
     if isinstance(entry, str):
-        return made(inference_pb2.CompareInput, text=entry)
-    return inference_pb2.CompareInput(conversation=conversation(entry))
+        return _text(name, entry)
+    if not isinstance(entry, Iterable) or isinstance(entry, Mapping | bytes):
+        raise TypeError(f"{name} takes a prompt, or a sequence of {{'role': …, 'content': …}}, not {shown(entry)}.")
+    return inference_pb2.CompareInput(conversation=conversation(entry, name))
+
+
+def _text(name: str, text: str) -> inference_pb2.CompareInput:
+    try:
+        return inference_pb2.CompareInput(text=text)
+    except UnicodeError:
+        raise RequestError(f"{name} holds characters that UTF-8 has not: {shown(text)}.") from None

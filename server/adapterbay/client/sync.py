@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -12,9 +12,9 @@ import grpc
 from adapterbay.client import requests, responses, types
 from adapterbay.client.channel import DEFAULT_ADDRESS, DEFAULT_TIMEOUT, OPTIONS, checked
 from adapterbay.client.errors import ClientClosedError, ServerError, from_status
-from adapterbay.client.making import made
+from adapterbay.client.making import Ordered, made
 from adapterbay.client.requests import GenerateOptions, Messages, SamplingOptions, SelectionOptions
-from adapterbay.client.retry import Deadline, RetryPolicy
+from adapterbay.client.retry import Deadline, RetryPolicy, checked_policy, checked_timeout
 from adapterbay.client.selection import Selection
 from adapterbay.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2_grpc
 
@@ -38,9 +38,9 @@ class Client:
         retry: RetryPolicy | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        checked(address)
-        self._timeout = timeout
-        self._retry = retry or RetryPolicy()
+        checked(address, credentials)
+        self._timeout = checked_timeout(timeout)
+        self._retry = checked_policy(retry)
         self._closed = False
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=OPTIONS)
@@ -78,7 +78,7 @@ class Client:
 
     def classify(
         self,
-        texts: Sequence[str],
+        texts: Ordered[str],
         *,
         truncate: bool = False,
         timeout: float | None = None,
@@ -90,7 +90,7 @@ class Client:
 
     def classify_tokens(
         self,
-        texts: Sequence[str],
+        texts: Ordered[str],
         *,
         truncate: bool = False,
         scores: bool = False,
@@ -103,7 +103,7 @@ class Client:
 
     def embed(
         self,
-        texts: Sequence[str],
+        texts: Ordered[str],
         *,
         pooling: str = "mean",
         normalize: bool = False,
@@ -117,8 +117,8 @@ class Client:
 
     def compare_generate(
         self,
-        arms: Sequence[Selection | str],
-        inputs: Sequence[str | Messages],
+        arms: Ordered[Selection | str],
+        inputs: Ordered[str | Messages],
         *,
         timeout: float | None = None,
         **options: Unpack[SamplingOptions],
@@ -131,8 +131,8 @@ class Client:
 
     def compare_classify(
         self,
-        arms: Sequence[Selection | str],
-        texts: Sequence[str],
+        arms: Ordered[Selection | str],
+        texts: Ordered[str],
         *,
         truncate: bool = False,
         timeout: float | None = None,

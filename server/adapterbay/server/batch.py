@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from adapterbay.server.adapters.claims import Claim
 from adapterbay.server.requests import ClassifyTask, ClassifyTokensTask, EmbedTask, GenerateTask, Request
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Row:
     prompt_tokens: int  # [engine] without virtual tokens
     max_new_tokens: int  # [engine] 0 for pooled tasks
     residents: tuple[Resident, ...] = ()  # [engine] its adapters, one for each part of the arm, in that order
+    claim: Claim = field(default_factory=Claim)  # [group] its request's, by which it holds them
     prompt: Prompt | None = None  # [engine] what its adapter puts before the text: tokens to compute,
     prefix: Prefix | None = None  # [engine] or keys and values
     active_from: int = 0  # [engine] the first position at which its adapters are on
@@ -97,10 +99,14 @@ class Group:
     ready: bool = False  # [engine] its adapters are in host memory
     serial: int = 0  # [scheduler] in order of arrival
     begun: bool = False  # [scheduler] it was preempted: what it waits for is to go on
+    waited_for: set[str] = field(default_factory=set)  # [tally] keys of adapters that were not whole when it asked
     fair_key: tuple[str, ...] = field(init=False)
     """Groups with one key take turns with groups of other keys."""
 
     def __post_init__(self) -> None:
+        claim = Claim()
+        for row in self.rows:
+            row.claim = claim
         self.fair_key = tuple(part.name for row in self.rows for part in row.request.arm.parts)
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,8 @@ from adapterbay.server.config import ServerConfig
 if TYPE_CHECKING:
     from adapterbay.server.app import Serving
 
+_BEGAN = time.monotonic()
+"""When this command was loaded: before torch, a fraction of a second after the interpreter's start."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DEFAULTS = ServerConfig()
 OPTIONS = {"max_rows": "--max-batch", "trusted_keys": "--trusted-key"}
@@ -53,7 +56,11 @@ def start(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = DEFAULTS.dtype,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = DEFAULTS.device,
     compile_: Annotated[
-        str, typer.Option("--compile", help="Kernels for the CPU: auto, on (an error without a compiler), or off.")
+        str,
+        typer.Option(
+            "--compile",
+            help="Kernels for the CPU: auto, on (an error without a compiler), or off (slow, int8 and int4 most).",
+        ),
     ] = DEFAULTS.compile,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the base.")] = DEFAULTS.threads,
     max_length: Annotated[int | None, typer.Option(help="Lower the base's context, in tokens.")] = DEFAULTS.max_length,
@@ -107,7 +114,8 @@ def start(
         raise InvalidArgument(f"The port file {port_file} cannot be written: there is no folder for it, or it is one.")
 
     def ready(serving: Serving) -> None:
-        for line in [json.dumps(holdings(serving))] if json_ready else describe(serving):
+        seconds = time.monotonic() - _BEGAN
+        for line in [json.dumps(holdings(serving, seconds))] if json_ready else describe(serving, seconds):
             typer.echo(line)
         if port_file is not None:
             write_whole(port_file, f"{serving.port}\n")
@@ -160,8 +168,8 @@ def _problem(item: Mapping[str, Any]) -> str:
     return f"{option} {item['input']}: {message}" if place else message
 
 
-def holdings(serving: Serving) -> dict[str, Any]:
-    """What the server holds, for machines."""
+def holdings(serving: Serving, seconds: float) -> dict[str, Any]:
+    """What the server holds, and after how many seconds, for machines."""
     base = serving.engine.base
     registry = serving.engine.adapters.registry
     return {
@@ -179,17 +187,18 @@ def holdings(serving: Serving) -> dict[str, Any]:
         "max_length": base.max_length,
         "kernels": serving.engine.kernels,
         "registry": str(registry.root),
-        "adapters": len(registry.adapters()),
+        "adapters": registry.count(),
+        "start_seconds": round(seconds, 3),
     }
 
 
-def describe(serving: Serving) -> list[str]:
-    """What the server holds, for people."""
+def describe(serving: Serving, seconds: float) -> list[str]:
+    """What the server holds, and after how many seconds, for people."""
     base = serving.engine.base
     config = serving.engine.config
     metrics = f", metrics {config.metrics_host}:{serving.metrics_port}" if serving.metrics_port is not None else ""
     registry = serving.engine.adapters.registry
-    count = len(registry.adapters())
+    count = registry.count()
     return [
         f"base         {base.reference} ({base.kind}, context {base.max_length})",
         f"fingerprint  {base.fingerprint}",
@@ -198,7 +207,7 @@ def describe(serving: Serving) -> list[str]:
         f"kernels      {serving.engine.kernels}",
         f"registry     {registry.root}, {count or 'no'} adapter{'s' if count != 1 else ''}"
         + ("" if count else ": push one, or check --registry"),
-        f"serving      {serving.host}:{serving.port}{metrics}",
+        f"serving      {serving.host}:{serving.port}{metrics}, ready after {seconds:.1f} s",
     ]
 
 

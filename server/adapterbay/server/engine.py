@@ -8,8 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -34,12 +35,12 @@ from adapterbay.server.adapters.waiting import wait_all
 from adapterbay.server.batch import Group, Row
 from adapterbay.server.blocks import blocks_for
 from adapterbay.server.config import ServerConfig
-from adapterbay.server.generation import Generating
+from adapterbay.server.generation import Generating, end_token_ids
 from adapterbay.server.intake import fit_row, give_source
 from adapterbay.server.kv import BlockPool
 from adapterbay.server.loop import Loop
 from adapterbay.server.model import ServingModel
-from adapterbay.server.pooling import Heads, StatePooler, TokenLabels, blend_heads, pooling_of
+from adapterbay.server.pooling import NO_HEAD, Heads, StatePooler, collector
 from adapterbay.server.requests import ClassifyTask, ClassifyTokensTask, EmbedTask, GenerateTask, Request
 from adapterbay.server.runner import Runner
 from adapterbay.server.scheduler import Scheduler
@@ -108,7 +109,11 @@ class Engine:
             broken=self._broken,
         )
         self.adapters = AdapterManager(
-            registry, model, config, vacate=lambda r: self._loop.post(lambda: self._vacate(r))
+            registry,
+            model,
+            config,
+            vacate=lambda r: self._loop.post(lambda: self._vacate(r)),
+            wake=lambda: self._loop.post(lambda: None),
         )
 
     @classmethod
@@ -148,10 +153,11 @@ class Engine:
         while self._rows and time.monotonic() < deadline:
             time.sleep(0.01)
         self._loop.stop()
-        for row in list(self._rows.values()):  # submitted while the loop ended: nobody else will tell them
-            self._left(row)
-            row.request.listener(Cancelled("The server is stopping."))
-        self.adapters.memory.close()
+        with ExitStack() as ending:
+            ending.callback(self.adapters.memory.close)
+            for row in list(self._rows.values()):  # submitted while the loop ended: nobody else will tell them
+                ending.callback(row.request.listener, Cancelled("The server is stopping."))
+                ending.callback(self._left, row)
 
     def on_fault(self, call: Callable[[], None]) -> None:
         """Has `call` called, on another thread, when the engine cannot go on; at once if that is already so."""
@@ -164,9 +170,9 @@ class Engine:
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues rows that enter the batch in one step: one request, or one input's arms.
 
-        From any thread; never blocks. Raises Unavailable, QueueFull, InvalidArgument, TaskMismatch or BaseMismatch,
-        and then nothing was queued. Adapters that are not in memory begin to load; what goes wrong there comes to
-        the listeners.
+        From any thread; never blocks. Raises Unavailable, QueueFull, InvalidArgument, TaskMismatch or BaseMismatch, or
+        Cancelled or DeadlineExceeded for what nobody waits for, and then nothing was queued. Adapters that are not in
+        memory begin to load; what goes wrong there comes to the listeners.
         """
         for request in requests:
             self._check(request)
@@ -188,11 +194,12 @@ class Engine:
             for row in group.rows:
                 held = []
                 for digest, _ in row.request.arm.key:
-                    held.append(self.adapters.hold(digest, row.request.arm))
+                    held.append(self.adapters.hold(digest, row.request.arm, row.claim))
                     row.residents = tuple(held)
-        except AdapterbayError:
-            for row in group.rows:
-                self._left(row)
+        except Exception:
+            with ExitStack() as ending:
+                for row in group.rows:
+                    ending.callback(self._left, row)
             raise
         self._loop.post(lambda: self._loop.scheduler.add(group))
         residents = [resident for row in group.rows for resident in row.residents]
@@ -238,6 +245,9 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         """What can be told to be wrong before anything is loaded."""
+        over = request.over(time.monotonic())
+        if over is not None:
+            raise over  # before it loads anything
         task = request.task
         ids = task.prompt_ids if isinstance(task, GenerateTask) else task.token_ids
         limit = self.base.max_length
@@ -245,9 +255,7 @@ class Engine:
             raise InvalidArgument("The text has no tokens.", field="input")
         if isinstance(task, GenerateTask):
             if not self._model.causal:
-                raise TaskMismatch(
-                    f"Base {self.base.reference} is an encoder; it labels and embeds, it does not generate."
-                )
+                raise self._of_base(f"Base {self.base.reference} is an encoder; it labels and embeds, no more.")
             shared = self._model.seq2seq is None  # a context for the prompt and the answer, or one for each
             if max(self.new_tokens(request), 1) + (len(ids) if shared else 0) > limit or len(ids) > limit:
                 raise InvalidArgument(
@@ -258,7 +266,7 @@ class Engine:
         elif len(ids) > limit:
             raise InvalidArgument(f"The text has {len(ids)} tokens; this base takes {limit}.", field="texts")
         if isinstance(task, ClassifyTask | ClassifyTokensTask) and not request.arm.parts:
-            blend_heads((), ())
+            raise self._of_base(NO_HEAD.format("The base has"))
         for part in request.arm.parts:
             self.adapters.check_base(part.digest)
         needed = blocks_for(len(ids) + max(self.new_tokens(request) - 1, 0))
@@ -287,7 +295,7 @@ class Engine:
         if isinstance(task, ClassifyTask | ClassifyTokensTask):
             check_fused_head(row.request.arm, [resident.ready for resident in row.residents])
             row.head = self._heads.of(row.residents, row.request.arm, task)
-            row.output = TokenLabels() if isinstance(task, ClassifyTokensTask) else StatePooler(pooling_of(row.head))
+            row.output = collector(row, self._model.padding)
 
     def _loaded(self, group: Group, error: AdapterbayError | None) -> None:
         """On the engine's thread: the group's adapters are in host memory, or one could not be loaded."""
@@ -346,46 +354,45 @@ class Engine:
             field="sampling.max_tokens" if generates else _text_field(requests[0]),
         )
 
+    def _of_base(self, message: str) -> TaskMismatch:
+        """What the base cannot do, whatever adapters are named."""
+        return TaskMismatch(message, metadata={"base_reference": self.base.reference})
+
     def _broken(self, fault: EngineFault) -> None:
         """On the engine's thread, which ends: nobody is left waiting, and nobody new is taken."""
         with self._lock:
             self._fault, self._accepting = fault, False
             tell = self._on_fault
         log.critical("the engine cannot go on: %s", fault.message)
-        tell()
+        calls = [tell]
         for row in list(self._rows.values()):
+            calls += [partial(row.request.listener, fault), partial(self._left, row)]
+        calls.append(self.adapters.memory.close)  # who waits for a load or an unload hears of it, too
+        for call in calls:  # each whatever became of the others
             try:
-                row.request.listener(fault)
-                self._left(row)
+                call()
             except Exception:
-                log.exception("a row could not be ended")
+                log.exception("not everybody could be told that the engine stopped")
 
     def _vacate(self, resident: Resident) -> None:
-        self._device.vacate(resident)
-        self._heads.drop(resident)
-        self._loop.forget()
-        self.adapters.memory.emptied(resident)
+        if resident.on_device and not resident.unloaded:
+            self.device_tally.evictions.add()
+        with ExitStack() as ending:  # whatever fails: its bytes would count for ever
+            ending.callback(self.adapters.memory.emptied, resident)
+            self._device.vacate(resident)
+            self._heads.drop(resident)
+            self._loop.forget()
 
     def _left(self, row: Row) -> None:
         """A row is over: let go of its adapters and its place."""
         with self._lock:
             self._rows.pop(row.request.id, None)
-        self.row_tally.ended(row)
         residents, row.residents = row.residents, ()  # who keeps the row for a while keeps no weights with it
-        for resident in residents:
-            self.adapters.memory.release(resident)
+        with ExitStack() as ending:  # all of it, even if a part fails, which is raised then
+            for resident in residents:
+                ending.callback(self.adapters.memory.release, resident, row.claim)
+            self.row_tally.ended(row)
 
 
 def _text_field(request: Request) -> str:
     return "input" if isinstance(request.task, GenerateTask) else "texts"
-
-
-def end_token_ids(base: Any) -> set[int]:
-    """Every token that ends a generation: the generation config's, else the config's, and the tokenizer's."""
-    found: set[int] = set()
-    for source in (getattr(base.model, "generation_config", None), base.model.config):
-        value = getattr(source, "eos_token_id", None)
-        found.update(value if isinstance(value, list) else [value] if value is not None else [])
-    if base.tokenizer.eos_token_id is not None:
-        found.add(base.tokenizer.eos_token_id)
-    return found

@@ -90,3 +90,14 @@ class Generating:
 
     def _chance(self, token_id: int, value: float) -> TokenChance:
         return TokenChance(token_id, self._tokenizer.decode([token_id]), value)
+
+
+def end_token_ids(base: Any) -> set[int]:
+    """Every token that ends a generation: the generation config's, else the config's, and the tokenizer's."""
+    found: set[int] = set()
+    for source in (getattr(base.model, "generation_config", None), base.model.config):
+        value = getattr(source, "eos_token_id", None)
+        found.update(value if isinstance(value, list) else [value] if value is not None else [])
+    if base.tokenizer.eos_token_id is not None:
+        found.add(base.tokenizer.eos_token_id)
+    return found

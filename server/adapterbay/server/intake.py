@@ -143,11 +143,13 @@ def _last_state_is_enough(row: Row) -> bool:
         return True
     if isinstance(task, EmbedTask):
         return task.pooling is Pooling.LAST
-    return isinstance(task, ClassifyTask) and row.head.pooling is HeadPooling.LAST
+    return isinstance(task, ClassifyTask) and row.head.pooling is HeadPooling.LAST and row.output.at is None
 
 
 def _names(row: Row) -> BlockNames:
     own = seed(row.request.arm.key, row.virtual_tokens)
     if not row.active_from:
         return BlockNames(own)
-    return BlockNames(seed(ArmSpec().key), (row.active_from, own))
+    lasting = any(resident.ready.lasts for resident in row.residents)
+    before = seed(("before the activation", row.request.arm.key)) if lasting else seed(ArmSpec().key)
+    return BlockNames(before, (row.active_from, own))

@@ -11,12 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 
-from adapterbay.registry.errors import AdapterbayError, Cancelled, DeadlineExceeded, EngineFault
+from adapterbay.registry.errors import AdapterbayError, Cancelled, EngineFault
 from adapterbay.server.batch import Group, Phase, Row
 from adapterbay.server.generation import Generating
 from adapterbay.server.heads import Head, HeadPooling
@@ -147,11 +147,11 @@ class Loop:
         waiting = list(self.scheduler.waiting_groups())
         preempted = [row for group in waiting if group.begun for row in group.rows]
         for row in [*self.scheduler.running, *preempted]:
-            error = _over(row, now)
+            error = row.request.over(now)
             if error is not None:
                 self._end(row, error)
         for group in waiting:
-            over = [error for row in group.rows if (error := _over(row, now)) is not None]
+            over = [error for row in group.rows if (error := row.request.over(now)) is not None]
             if over and not group.begun:
                 self.fail_group(group, over[0])
 
@@ -166,9 +166,10 @@ class Loop:
     def drop(self, group: Group) -> None:
         """Takes a waiting group out."""
         self.scheduler.drop(group)
-        for row in group.rows:
-            row.phase = Phase.DONE
-            self._left(row)
+        with ExitStack() as ending:  # all of them, even if one fails, which is raised then
+            for row in group.rows:
+                row.phase = Phase.DONE
+                ending.callback(self._left, row)
 
     def _step(self) -> bool:
         """Schedule, run, postprocess. False when there was nothing to do."""
@@ -299,14 +300,6 @@ class Loop:
 def _fault(what: str, error: Exception) -> EngineFault:
     """Our own mistake, told to whoever asked. It does not keep the error, whose frames hold tensors; the log has it."""
     return EngineFault(f"{what}: {error!r}")
-
-
-def _over(row: Row, now: float) -> AdapterbayError | None:
-    if row.request.cancelled:
-        return Cancelled("The call was cancelled.")
-    if row.request.deadline is not None and now >= row.request.deadline:
-        return DeadlineExceeded("The call's deadline passed.")
-    return None
 
 
 def _timings(row: Row, now: float) -> Timings:

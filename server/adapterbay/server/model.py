@@ -27,7 +27,7 @@ from adapterbay.server.adapters.forms import LM_HEAD
 from adapterbay.server.attention import AttentionPlan
 from adapterbay.server.config import ServerConfig
 from adapterbay.server.fast.path import FastPath
-from adapterbay.server.fewer_bits import check_kernels, quantize, quantize_head
+from adapterbay.server.fewer_bits import by_our_kernels, quantize, quantize_head
 from adapterbay.server.kernels.loader import OFF, Compile, Kernels
 from adapterbay.server.kernels.loader import load as load_kernels
 from adapterbay.server.kv import LayerShape
@@ -53,6 +53,7 @@ class ServingModel:
     attention_shapes: list[LayerShape]  # by layer index
     pooler: nn.Module | None  # an encoder's pooler, taken out so that it can run on the first tokens only
     offset: int  # what the base adds to a position
+    padding: int | None = None  # the base's padding token, which may stand in a text
     seq2seq: Seq2Seq | None = None  # an encoder-decoder's two stacks
     kernels: Kernels = OFF
     fast: FastPath | None = None  # where the kernels serve the whole base
@@ -60,13 +61,13 @@ class ServingModel:
     @classmethod
     def load(cls, config: ServerConfig) -> ServingModel:
         """Loads, wraps and probes. Raises UnsupportedMethod for a base that this cannot serve exactly, and what
-        `check_kernels` raises."""
+        `by_our_kernels` raises."""
         attention.register()
         device = pick_device(config.device)
         quantization = pick_quantization(config.quantize, device)
         own = quantization if by_kernels(quantization, device) else None
-        if own is not None:
-            check_kernels(own, pick_dtype(config.dtype, device), config.compile)
+        dtype = pick_dtype(config.dtype, device)
+        compiled = own is not None and by_our_kernels(own, dtype, config.compile)
         base = load_base(
             config.base,
             quantize="none" if own else quantization,
@@ -75,14 +76,14 @@ class ServingModel:
             max_length=config.max_length,
             attention=attention.NAME,
         )
-        model = cls.prepare(base, own)
+        model = cls.prepare(base, own, compiled=compiled)
         model.accelerate(config.compile)
         return model
 
     @classmethod
-    def prepare(cls, base: LoadedBase, own: Quantization | None = None) -> ServingModel:
-        """Makes a loaded base ready. Its attention implementation must be `attention.NAME`. `own`: how the kernels are
-        to hold it, if they are."""
+    def prepare(cls, base: LoadedBase, own: Quantization | None = None, *, compiled: bool = False) -> ServingModel:
+        """Makes a loaded base ready. Its attention implementation must be `attention.NAME`. `own`: in how many
+        bits of our own it is to be held, if it is; `compiled`: the kernels compute that."""
         _refuse_unstable_rope(base.model.config)
         backbone = base.backbone
         packs = base.info.quantization == "none" and can_pack(
@@ -91,16 +92,17 @@ class ServingModel:
         wrap = Seq2Seq.wrap if base.info.kind == "encoder-decoder" else Sites.wrap
         sites = wrap(backbone, getattr(torch, base.info.dtype), torch.device(base.info.device), packs=packs and not own)
         if own is not None:
-            quantize(base, sites, own)
+            quantize(base, sites, own, compiled=compiled)
         if base.info.kind != "encoder":
             wrap_head(base, sites, packs=packs)
             if own is not None:
-                quantize_head(base, sites.linears[LM_HEAD])
+                quantize_head(base, sites.linears[LM_HEAD], compiled=compiled)
         pooler = None
         if base.info.kind == "encoder" and getattr(backbone, "pooler", None) is not None:
             pooler = backbone.get_submodule("pooler") if base.has_pooler else None
             backbone.pooler = None  # type: ignore[assignment]
-        model = cls(base, sites, [], pooler, position_offset(base.model.config))
+        config = base.model.config
+        model = cls(base, sites, [], pooler, position_offset(config), _padding(config))
         if base.info.kind == "encoder-decoder":
             model.seq2seq = Seq2Seq(base)
             model.attention_shapes = model.seq2seq.shapes
@@ -217,6 +219,12 @@ class ServingModel:
         finally:
             step_context.mix, attention.current.plan = None, None
             step_context.kept = step_context.prompts = step_context.behind = None
+
+
+def _padding(config: Any) -> int | None:
+    """As transformers' heads find it."""
+    found: int | None = getattr(config.get_text_config(), "pad_token_id", None)
+    return found
 
 
 def _refuse_unstable_rope(config: Any) -> None:

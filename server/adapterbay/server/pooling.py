@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from adapterbay.registry.errors import TaskMismatch
-from adapterbay.server.adapters.forms import ServingForm
+from adapterbay.server.adapters.forms import Prompt, ServingForm
 from adapterbay.server.adapters.residency import Resident
 from adapterbay.server.heads import Head, HeadPooling, average_heads
 from adapterbay.server.requests import ArmSpec, ClassifyTask, ClassifyTokensTask, Pooling, not_finite
+
+if TYPE_CHECKING:
+    from adapterbay.server.batch import Row
+
+NO_HEAD = "{} no classification head; ask an adapter trained for sequence-classification or token-classification."
+"""What is said of who has none."""
 
 MOST_HEADS = 1024
 """How many arms' heads are kept for rows to come."""
@@ -25,10 +32,7 @@ def blend_heads(forms: Sequence[ServingForm], weights: Sequence[float]) -> Head:
     """
     pairs = [(form.head, weight) for form, weight in zip(forms, weights, strict=True) if form.head is not None]
     if not pairs:
-        who = "The base has" if not forms else "This adapter has" if len(forms) == 1 else "These adapters have"
-        raise TaskMismatch(
-            f"{who} no classification head; ask an adapter trained for sequence-classification or token-classification."
-        )
+        raise TaskMismatch(NO_HEAD.format("This adapter has" if len(forms) == 1 else "These adapters have"))
     return average_heads([head for head, _ in pairs], [weight for _, weight in pairs])
 
 
@@ -92,11 +96,30 @@ def require_finite(result: Tensor, arm: ArmSpec, what: str = "logits") -> None:
         raise not_finite(arm, what)
 
 
-class StatePooler:
-    """Collects one row's hidden states, chunk by chunk, into one vector."""
+def collector(row: Row, padding: int | None) -> StatePooler | TokenLabels:
+    """What collects what a row's head labels, before virtual tokens stand in `row.tokens`.
 
-    def __init__(self, pooling: Pooling) -> None:
+    Of a decoder's text that is the state of the last token that is not `padding`, of the first one if all are, as in
+    transformers' `GenericForSequenceClassification`. It sees no padding behind a prompt, where it gets embeddings.
+    """
+    if isinstance(row.request.task, ClassifyTokensTask):
+        return TokenLabels()
+    pooling, tokens = pooling_of(row.head), row.tokens
+    blind = bool(row.source) or any(isinstance(resident.ready.virtual, Prompt) for resident in row.residents)
+    if pooling is not Pooling.LAST or blind or padding is None or tokens[-1] != padding:
+        return StatePooler(pooling)
+    return StatePooler(pooling, at=next((at for at in reversed(range(len(tokens))) if tokens[at] != padding), 0))
+
+
+class StatePooler:
+    """Collects one row's hidden states, chunk by chunk, into one vector.
+
+    `at`: with LAST, the token that counts as the last one, from the first that is pushed; None is the very last.
+    """
+
+    def __init__(self, pooling: Pooling, *, at: int | None = None) -> None:
         self._pooling = pooling
+        self.at = at
         self._state: Tensor | None = None
         self._count = 0
         self._next = 0
@@ -108,7 +131,10 @@ class StatePooler:
             self._state, self._count = None, 0
         self._next = start + hidden.shape[0]
         self._count += hidden.shape[0]
-        if self._pooling is Pooling.MEAN:
+        if self.at is not None:
+            if start <= self.at < self._next:
+                self._state = hidden[self.at - start].clone()
+        elif self._pooling is Pooling.MEAN:
             total = hidden.float().sum(0)
             self._state = total if self._state is None else self._state + total
         elif self._pooling is Pooling.LAST or self._state is None:

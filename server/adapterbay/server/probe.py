@@ -15,12 +15,15 @@ from torch import Tensor
 
 from adapterbay.registry.errors import AdapterbayError, UnsupportedMethod
 from adapterbay.server import attention
+from adapterbay.server.adapters.forms import LM_HEAD
 from adapterbay.server.attention import AttentionPlan, Segment
 from adapterbay.server.kv import LayerShape
+from adapterbay.server.mix.axes import ShapeWatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from adapterbay.server.mix.sites import Sites
     from adapterbay.server.model import ServingModel
 
 LENGTHS = (3, 2)
@@ -53,7 +56,9 @@ def _probe(model: ServingModel, who: str) -> list[LayerShape]:
     at = torch.tensor([total - 1], device=model.device) if model.causal else None
     segments = tuple(Segment(start, stop, None) for start, stop in bounds)
     plan = AttentionPlan(causal=model.causal, segments=segments, probe=found)
-    states, _ = model.forward(ids, places, None, plan, logits_at=at, want_hidden=True)
+    watch = ShapeWatch(model.sites.linears | model.sites.norms)
+    with watch.of(total):
+        states, _ = model.forward(ids, places, None, plan, logits_at=at, want_hidden=True)
     shapes = dict(found)
     if not found:
         raise UnsupportedMethod(
@@ -64,13 +69,23 @@ def _probe(model: ServingModel, who: str) -> list[LayerShape]:
     if states is None:
         raise UnsupportedMethod(f"{who} does not call its backbone as others do.")
     for start, stop in bounds:
-        output = _alone(model, ids[start:stop])
+        with watch.of(stop - start):
+            output = _alone(model, ids[start:stop])
         if not _close(states[start:stop], output.last_hidden_state[0]):
             why = "its tokens see those of other texts" if start else "its positions are counted in another way"
             raise UnsupportedMethod(f"{who} computes something else beside another text than alone: {why}.")
         if model.pooler is not None and not _close(model.pool(states[start : start + 1], None), output.pooler_output):
             raise UnsupportedMethod(f"{who} does more than its pooler says, which is not served.")
+    _tell_axes(model.sites, watch)
     return [shapes[layer] for layer in sorted(shapes)]
+
+
+def _tell_axes(sites: Sites, watch: ShapeWatch) -> None:
+    """Notes where adapters can tell tokens apart. A pooler's layers get a text's first token, the language-model head
+    the tokens that are drawn: both know which."""
+    sites.token_axes = {path: axis for path in sites.norms if (axis := watch.axis(path)) is not None}
+    layers = (path for path in sites.linears if path != LM_HEAD and path.partition(".")[0] != "pooler")
+    sites.apart = {path for path in layers if (axis := watch.axis(path)) is None or axis.vectors > 1}
 
 
 def _alone(model: ServingModel, ids: Tensor) -> Any:

@@ -9,7 +9,7 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from adapterbay.registry.errors import AdapterbayError, Rejected
+from adapterbay.registry.errors import AdapterbayError, Cancelled, DeadlineExceeded, Rejected
 from adapterbay.registry.fusing import FusionSettings
 from adapterbay.server.weights import LayerWeights, Weight, fusion_digest
 
@@ -234,3 +234,11 @@ class Request:
     id: int = 0  # [engine]
     submitted_at: float = 0.0  # [engine] time.monotonic()
     cancelled: bool = field(default=False)  # [service] through Engine.cancel
+
+    def over(self, now: float) -> AdapterbayError | None:
+        """Why nobody waits for it any more at `now`, a time.monotonic(); None if somebody does."""
+        if self.cancelled:
+            return Cancelled("The call was cancelled.")
+        if self.deadline is not None and now >= self.deadline:
+            return DeadlineExceeded("The call's deadline passed.")
+        return None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterbay.server.adapters.forms import Prompt
+from adapterbay.server.adapters.forms import Prompt, lasting_key
 from adapterbay.server.attention import AttentionPlan, Segment
 from adapterbay.server.batch import Phase, Row, Share
 from adapterbay.server.blocks import BLOCK_TOKENS, blocks_for
@@ -57,7 +57,7 @@ class Runner:
         positions: list[int] = []
         for share in order:
             ids.extend(share.row.tokens[share.start : share.start + share.count])
-            positions.extend(range(share.start, share.start + share.count))
+            positions.extend(self._positions(share))
         drawing = tuple(share.row for share in order if share.row.generates and share.finishes_prompt)
         device = self._model.device
         logits_at = None
@@ -175,6 +175,21 @@ class Runner:
         device = self._model.device
         return torch.tensor(indices, device=device), torch.cat(embeddings).to(device, self._model.dtype)
 
+    def _positions(self, share: Share) -> Sequence[int]:
+        """Of the share's tokens, counted from 0. RoBERTa and its kin count no padding tokens, which all have the place
+        before the first (`create_position_ids_from_input_ids`); behind a prompt they see none."""
+        row, padding = share.row, self._model.padding
+        plain = range(share.start, share.start + share.count)
+        if not self._model.offset or row.prompt is not None or padding not in row.tokens[share.start : plain.stop]:
+            return plain
+        skipped = 0
+        positions = []
+        for at in plain:  # an encoder's text goes whole
+            is_padding = row.tokens[at] == padding
+            positions.append(-1 if is_padding else at - skipped)
+            skipped += is_padding
+        return positions
+
     def _mix_of(self, counts: list[tuple[int, Parts]]) -> AdapterMix | None:
         """Which token uses what. A mix stays valid while rows, order and counts do; plans look at pool layouts."""
         key = tuple(counts)
@@ -234,13 +249,22 @@ class Runner:
 
 def _parts(row: Row) -> Parts:
     applied = row.request.arm.key
-    return tuple((resident.key, weight) for resident, (_, weight) in zip(row.residents, applied, strict=True))
+    parts = tuple((resident.key, weight) for resident, (_, weight) in zip(row.residents, applied, strict=True))
+    return parts + _lasting(row)
+
+
+def _lasting(row: Row) -> Parts:
+    """What of an activated row is on from its first token."""
+    applied = zip(row.residents, row.request.arm.key, strict=True)
+    return tuple((lasting_key(resident.key), weight) for resident, (_, weight) in applied if resident.ready.lasts)
 
 
 def _runs(share: Share) -> list[tuple[int, Parts]]:
-    """How many of the share's tokens are computed with what, in order. Before its activation a row is the base."""
-    before = min(max(share.row.active_from - share.start, 0), share.count)
-    runs: list[tuple[int, Parts]] = [(before, ()), (share.count - before, _parts(share.row))]
+    """How many of the share's tokens are computed with what, in order. Before its activation a row is the base, but
+    for what lasts."""
+    row = share.row
+    before = min(max(row.active_from - share.start, 0), share.count)
+    runs: list[tuple[int, Parts]] = [(before, _lasting(row) if before else ()), (share.count - before, _parts(row))]
     return [(count, parts) for count, parts in runs if count]
 
 

@@ -24,6 +24,7 @@ from adapterbay.registry.errors import UnsupportedMethod
 from adapterbay.server import attention
 from adapterbay.server.attention import AttentionPlan
 from adapterbay.server.kv import BlockPool, LayerShape
+from adapterbay.server.mix.axes import FLAT
 from adapterbay.server.mix.context import step_context
 from adapterbay.server.mix.plan import AdapterMix
 from adapterbay.server.mix.sites import Sites
@@ -74,6 +75,7 @@ class Seq2Seq:
         sites = Sites.wrap(model, dtype, device, packs=packs)
         model.lm_head = head
         model.set_input_embeddings(model.shared)
+        sites.token_axes = dict.fromkeys(sites.norms, FLAT)
         return sites
 
     def encode(

@@ -246,6 +246,7 @@ def test_a_signal_drains_and_exits_0_while_a_stream_runs(process: Process, numbe
     assert held["bytes"] >= held["parameters"] * 4
     assert (held["dtype"], held["quantization"]) == ("float32", "none")
     assert held["fingerprint"].startswith("sha256:")
+    assert 0 < held["start_seconds"] < 90
 
 
 @pytest.mark.slow

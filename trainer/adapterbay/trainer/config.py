@@ -7,6 +7,7 @@ Each default names where it comes from.
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -73,6 +74,20 @@ class Section(BaseModel):
     """A part of the settings: frozen, and closed to keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_section(cls, given: object) -> object:
+        if isinstance(given, Mapping | cls):
+            return given
+        raise ValueError(f"is a section, not {given!r:.60}; {cls._to_write()}")
+
+    @classmethod
+    def _to_write(cls) -> str:
+        """What to write in place of a value that is no section."""
+        needed = any(field.is_required() for field in cls.model_fields.values())
+        or_nothing = "" if needed else ", or leave it out for the defaults"
+        return f"write its settings as key: value below it ({', '.join(cls.model_fields)}){or_nothing}"
 
 
 class ColumnSettings(Section):
@@ -154,12 +169,9 @@ class MethodSettings(Section):
     layer_norm_before: bool = False
     adapter_dropout: Fraction = 0.0
 
-    @model_validator(mode="before")
     @classmethod
-    def _is_a_section(cls, given: object) -> object:
-        if isinstance(given, str):
-            raise ValueError(f"is a section; write {{name: {given[:60]}}}")
-        return given
+    def _to_write(cls) -> str:
+        return "write {name: lora} or {name: bottleneck}, or leave it out for lora"
 
 
 class OptimizationSettings(Section):

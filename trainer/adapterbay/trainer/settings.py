@@ -47,6 +47,8 @@ def load_config(path: Path | None, overrides: Mapping[str, object] | None = None
 
 def parse_config(values: Mapping[str, Any], problems: Sequence[Problem] = ()) -> TrainingConfig:
     """The settings in `values`, a mapping as YAML gives it. Raises InvalidArgument listing every problem."""
+    if not isinstance(values, Mapping):
+        raise InvalidArgument(f"Settings are a mapping of key to value, not {values!r:.60}.", field="config")
     found = list(problems)
     config: TrainingConfig | None = None
     try:
@@ -192,6 +194,8 @@ def _problem(item: Any) -> Problem:
         meant = TASK_NEAR_MISSES.get(str(given).lower()) if path == "task" else None
         hint = f" Did you mean {meant}?" if meant else ""
         return Problem(path, f"must be {item['ctx']['expected']}, not {given!r}.{hint}")
+    if kind == "path_type":
+        return Problem(path, f"must be a path as text, not {given!r:.60}")
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     shown = repr(given)
     return Problem(path, message if kind == "value_error" or len(shown) > 80 else f"{message}, not {shown}")

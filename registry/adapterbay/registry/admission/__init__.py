@@ -85,7 +85,8 @@ class Limits:
     weights_bytes: int = 4 * 2**30
     header_bytes: int = 16 * 2**20
     document_bytes: int = 8 * 2**20
-    rank: int = 512
+    rank: int = 512  # of factors that each layer is served with
+    drawn_values: int = 2**26  # that PEFT draws from a seed: 256 MiB
     virtual_tokens: int = 8192
     tensors: int = 100_000
 
@@ -133,6 +134,7 @@ def admit(
         initialisation=initialisation(settings) if method.peft_type == "LORA" else None,
         invocation=settings.integers("alora_invocation_tokens") if method.peft_type == "LORA" else (),
         entries=header.tensors,
+        tying=matched.tying,
     )
 
 
@@ -216,8 +218,14 @@ def _check_sizes(matched: Matched, method: Method, settings: Settings, base: Bas
     places = [place for site in matched.sites if (place := _place_of(site, base)) is not None]
     ranks = [method.rank(settings, place) for place in places] or [method.rank(settings, None)]
     rank = max(ranks)
-    if rank > limits.rank:
+    if method.factors and rank > limits.rank:
         raise Rejected(f"The rank {rank} is over the limit of {limits.rank}.", reason="RANK_TOO_LARGE")
+    drawn = method.drawn(settings, places)
+    if drawn > limits.drawn_values:
+        raise Rejected(
+            f"The rank {rank} makes projections of {drawn} values, over the limit of {limits.drawn_values}.",
+            reason="RANK_TOO_LARGE",
+        )
     virtual = settings.integer("num_virtual_tokens", 0, least=0) if method.virtual else 0
     if virtual > limits.virtual_tokens:
         raise Rejected(

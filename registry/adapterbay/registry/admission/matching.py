@@ -26,6 +26,7 @@ from adapterbay.registry.admission.replaced import Replaced, trained_tokens
 from adapterbay.registry.admission.report import AdaptedSite, Matched, TrainedTokens
 from adapterbay.registry.admission.safetensors_file import Header, TensorInfo
 from adapterbay.registry.admission.tensor_values import FLOAT_DTYPES, INDEX_DTYPES
+from adapterbay.registry.admission.tying import HEAD, Tying, tying
 from adapterbay.registry.errors import Rejected, UnsupportedMethod
 
 SHARED_PREFIX: Final = "base_model."
@@ -62,9 +63,10 @@ def match_tensors(header: Header, method: Method, settings: Settings, base: Base
             heads.setdefault(part[0], {})[part[1]] = tensor
         else:
             rest[inner] = tensor
-    places = _places(placed, method, settings, base)
+    tied = tying(settings, base, {*placed, *(name.rpartition(".")[0] for name in rest)})
+    places = _places(placed, method, settings, base, tied)
     sites = {place.name: place for place in places}
-    replaced = Replaced(settings, base, sites, heads)
+    replaced = Replaced(settings, base, sites, heads, (HEAD,) if tied == "saved" else ())
     for inner, tensor in rest.items():
         if not replaced.take(inner, tensor):
             raise _no_home(tensor.name, inner)
@@ -82,6 +84,7 @@ def match_tensors(header: Header, method: Method, settings: Settings, base: Base
         saved=replaced.saved(),
         copies=replaced.copies(),
         ignored=tuple(replaced.ignored),
+        tying=tied,
     )
     _check_one_naming([*matched.sites, *matched.saved, *matched.copies])
     return matched
@@ -135,10 +138,20 @@ def _keys(parts: Mapping[str, TensorInfo]) -> dict[str, str]:
     return {suffix: tensor.name for suffix, tensor in sorted(parts.items())}
 
 
-def _places(placed: Keys, method: Method, settings: Settings, base: Base) -> list[Place]:
+def _places(placed: Keys, method: Method, settings: Settings, base: Base, tied: Tying | None) -> list[Place]:
     if method.suffixes and not placed and method.shared:
         return _targeted(method, settings, base)
-    return [_place(name, method, settings, base) for name in sorted(placed)]
+    places = [_place(name, method, settings, base, tied) for name in sorted(placed)]
+    if tied == "adapted":
+        tables = [place.name for place in places if place.kind == "embedding" and place.last != "embed_positions"]
+        if bool(tables) != (HEAD in placed):
+            raise Rejected(
+                f"ensure_weight_tying adapts the embedding and {HEAD} alike, and only {(tables or [HEAD])[0]} is among "
+                "the tensors.",
+                reason="MISSING_TENSOR",
+                metadata={"module": HEAD},
+            )
+    return places
 
 
 def _targeted(method: Method, settings: Settings, base: Base) -> list[Place]:
@@ -154,19 +167,14 @@ def _targeted(method: Method, settings: Settings, base: Base) -> list[Place]:
     return places
 
 
-def _place(name: str, method: Method, settings: Settings, base: Base) -> Place:
+def _place(name: str, method: Method, settings: Settings, base: Base, tying: Tying | None) -> Place:
     attention = "attention" in method.kinds
     place = base.attention(name) if attention else base.place(name)
     if place is None or place.kind not in method.kinds:
-        detail = f"it is no module there that {method.title} is put on" if place else "the base has no such module"
-        raise Rejected(
-            f"The adapter has tensors for {name}, but {detail}: was it trained on another base?",
-            reason="UNKNOWN_MODULE",
-            metadata={"module": name},
-        )
+        raise _unknown(name, place, method)
     targeted = f".{name}".endswith(f".{settings.config['target_modules']}") if attention else name in settings.targets
     # With trained tokens PEFT saves the rows of tied tables as well, which are those of the embedding.
-    tied = method.peft_type == "TRAINABLE_TOKENS" and base.is_tied(place)
+    tied = (tying == "adapted" and name == HEAD) or (method.peft_type == "TRAINABLE_TOKENS" and base.is_tied(place))
     if not targeted and not tied:
         raise Rejected(
             f"The adapter has tensors for {name}, but its own target_modules leave it out: PEFT would ignore them.",
@@ -174,6 +182,29 @@ def _place(name: str, method: Method, settings: Settings, base: Base) -> Place:
             metadata={"module": name},
         )
     return place
+
+
+def _unknown(name: str, place: Place | None, method: Method) -> Exception:
+    """A module that the base does not have, or where the method is not served."""
+    outer = name.removesuffix(".base_layer")
+    if place is not None and method.peft_type == "LN_TUNING":  # PEFT trains a copy of whatever it is put on
+        return UnsupportedMethod(
+            f"{method.title} is served on normalization layers, and {name} is none: leave it out of target_modules, or "
+            "train it with modules_to_save.",
+            metadata={"peft_type": method.peft_type, "module": name},
+        )
+    if outer != name and method.peft_type == "TRAINABLE_TOKENS":
+        return UnsupportedMethod(
+            f"PEFT put one layer of trained rows over another on {outer}, which is tied to the embedding, and its own "
+            f"model cannot run: leave {outer} out of target_modules.",
+            metadata={"peft_type": method.peft_type, "module": outer},
+        )
+    detail = f"it is no module there that {method.title} is put on" if place else "the base has no such module"
+    return Rejected(
+        f"The adapter has tensors for {name}, but {detail}: was it trained on another base?",
+        reason="UNKNOWN_MODULE",
+        metadata={"module": name},
+    )
 
 
 def _check_sites(placed: Keys, sites: Mapping[str, Place], method: Method, settings: Settings) -> None:

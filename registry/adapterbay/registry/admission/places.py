@@ -76,7 +76,7 @@ class Base:
             return None
         if last in OUTPUTS:
             return Place(name, base_name, "output", shape[1], shape[0], bias)
-        if last in EMBEDDINGS or "embed" in last:
+        if last in EMBEDDINGS or ("embed" in last and not bias and "proj" not in last):
             return Place(name, base_name, "embedding", shape[0], shape[1], bias)
         if self.conv1d:
             return Place(name, base_name, "conv1d", shape[0], shape[1], bias)

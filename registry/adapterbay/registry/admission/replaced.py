@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from adapterbay.registry.admission.heads import ROOTS
@@ -15,19 +15,26 @@ from adapterbay.registry.admission.tensor_values import FLOAT_DTYPES
 from adapterbay.registry.errors import Rejected, UnsupportedMethod
 
 _PART = re.compile(r"(?P<module>.+?)(?P<layer>\.base_layer)?\.(?P<part>weight|bias)")
-_LEFTOVER = re.compile(r"(?P<module>.+)\.(?:modules_to_save|original_module)\.bias")
-"""What PEFT writes twice with bias="all", and does not read."""
+_LEFTOVER = re.compile(r"(?P<module>.+?)\.(?:modules_to_save(?:\.default(?:\.\w+)+)?|original_module(?:\.\w+)*)\.bias")
+"""What PEFT writes twice with bias="all" and does not read: of a layer, or of what holds layers (a head of two)."""
 
 
 class Replaced:
-    """Takes the tensors that belong to no method. `sites` are the adapted modules, `heads` the head's layers."""
+    """Takes the tensors that belong to no method. `sites` are the adapted modules, `heads` the head's layers, `tied`
+    modules that are saved with the embedding."""
 
     def __init__(
-        self, settings: Settings, base: Base, sites: Mapping[str, Place], heads: Mapping[str, Mapping[str, TensorInfo]]
+        self,
+        settings: Settings,
+        base: Base,
+        sites: Mapping[str, Place],
+        heads: Mapping[str, Mapping[str, TensorInfo]],
+        tied: Container[str] = (),
     ) -> None:
         self._base = base
         self._sites = sites
         self._heads = heads
+        self._tied = tied
         self._wanted = tuple(settings.names("modules_to_save"))
         bias: Any = settings.config.get("bias") or "none"
         self._all_biases = bias == "all"
@@ -92,7 +99,7 @@ class Replaced:
         """Whether it, or what holds it, is among modules_to_save (PEFT compares the ends of names)."""
         parts = module.split(".")
         holders = (".".join(parts[: index + 1]) for index in range(len(parts)))
-        return parts[0] in ROOTS or any(holder.endswith(self._wanted) for holder in holders)
+        return parts[0] in ROOTS or module in self._tied or any(holder.endswith(self._wanted) for holder in holders)
 
     def _put(
         self, where: dict[str, tuple[Place, dict[str, TensorInfo]]], place: Place, part: str, tensor: TensorInfo

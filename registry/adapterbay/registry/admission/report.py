@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from adapterbay.registry.admission.places import Kind, Place
 from adapterbay.registry.admission.safetensors_file import TensorInfo
+from adapterbay.registry.admission.tying import Tying
 
 PREFIX: Final = "base_model.model."
 """Before the names of modules, except with virtual tokens, where it is `base_model.`."""
@@ -116,7 +117,8 @@ class Matched:
 
     `sites` are the modules that the method changes, `shared` its tensors that belong to no single module, by name.
     `saved` are modules whose parameters are replaced (norms, embeddings, biases); `copies` claim to be the base's own.
-    `ignored` are keys that PEFT writes and does not use.
+    `ignored` are keys that PEFT writes and does not use. `tying`: how the head is tied to an embedding that is saved or
+    adapted.
     """
 
     sites: tuple[AdaptedSite, ...]
@@ -126,6 +128,7 @@ class Matched:
     saved: tuple[AdaptedSite, ...]
     copies: tuple[AdaptedSite, ...]
     ignored: tuple[str, ...]
+    tying: Tying | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +139,7 @@ class AdmissionReport:
     every method. `rank` is the largest over the modules, 0 where there is none; `parameters` counts every value, head
     included. `virtual_tokens` are positions before the text. `initialisation` is pissa, olora or loftq where the
     tensors belong to a base that was changed so; `invocation` are the tokens from which on an aLoRA is on. `entries`
-    says where each tensor lies in the weights file.
+    says where each tensor lies in the weights file. `tying`: the head does as the embedding.
     """
 
     peft_type: str
@@ -155,6 +158,7 @@ class AdmissionReport:
     initialisation: str | None = None
     invocation: tuple[int, ...] = ()
     entries: Mapping[str, TensorInfo] = field(default_factory=dict, repr=False)
+    tying: Tying | None = None
 
     @property
     def plain(self) -> bool:

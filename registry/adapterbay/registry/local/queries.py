@@ -112,6 +112,11 @@ def children_of(db: sqlite3.Connection, digest: str) -> list[tuple[str, int, str
     return [(row[0], row[1], row[2]) for row in rows]
 
 
+def count(db: sqlite3.Connection) -> int:
+    """How many adapters have a version."""
+    return int(db.execute("SELECT COUNT(*) FROM adapters WHERE newest IS NOT NULL").fetchone()[0])
+
+
 def names(db: sqlite3.Connection) -> list[str]:
     """The names of all adapters that have a version, sorted."""
     return [row[0] for row in db.execute("SELECT name FROM adapters WHERE newest IS NOT NULL ORDER BY name")]

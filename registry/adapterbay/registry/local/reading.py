@@ -139,6 +139,11 @@ class Reader:
         with self.index.read() as db:
             return queries.summaries(db, Listing(prefix=prefix) if listing is None else listing)
 
+    def count(self) -> int:
+        """How many adapters have a version."""
+        with self.index.read() as db:
+            return queries.count(db)
+
     def aliases(self, name: str) -> dict[str, int]:
         """The aliases of an adapter and the versions they point at. Raises NotFound for an unknown adapter."""
         with self.index.read() as db:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -16,7 +16,6 @@ from adapterbay.server.adapters.finite import check_finite
 from adapterbay.server.adapters.forms import (
     LM_HEAD,
     AttentionPrompt,
-    Bottleneck,
     LinearForm,
     NormForm,
     Prefix,
@@ -26,10 +25,12 @@ from adapterbay.server.adapters.forms import (
 )
 from adapterbay.server.adapters.views import tensor_views
 from adapterbay.server.convert.attention import attention_prompt, attention_prompt_behind
+from adapterbay.server.convert.bottleneck import bottleneck
+from adapterbay.server.convert.copies import changed_base, check_copy, check_shape
 from adapterbay.server.convert.effect import has_effect
 from adapterbay.server.convert.lora import dora_form, embedding_factors, lora_form
 from adapterbay.server.convert.read import read_layers
-from adapterbay.server.convert.tables import joined, replaced_rows, tied_head, whole_table
+from adapterbay.server.convert.tables import check_tied, joined, replaced_rows, tied_head, whole_table
 from adapterbay.server.convert.tree import dense_weight, peft_root
 from adapterbay.server.convert.virtual import PREFIXES, PROMPTS, check_apart, read_prefix, read_prompt
 from adapterbay.server.heads import head_from
@@ -69,6 +70,8 @@ class _Builder:
         self._sites = model.sites
         self._prefix = str(model.base.model.base_model_prefix)
         self._layers: dict[str, LinearForm] = {}
+        # What an adapter adds to layers beside its method's own tensors: PEFT never switches it off.
+        self._lasting: dict[str, LinearForm] = {} if report.invocation else self._layers
         self._norms: dict[str, NormForm] = {}
         self._tables: dict[str, TableForm] = {}
         self._head_rows: TableForm | None = None
@@ -78,6 +81,7 @@ class _Builder:
         the base's dtype cannot hold."""
         report = self._report
         virtual = self._virtual()
+        check_tied(report, self._tensors, self._sites.tables)
         if self._method == "LORA" and self._formula_of_lora():
             self._take_lora()
         elif virtual is None and self._method not in READ_DIRECTLY:
@@ -96,7 +100,7 @@ class _Builder:
                 self._norms[self._norm(site.name)] = NormForm(parts)
             elif self._method == "BOTTLENECK":
                 place = self._norm if site.kind == "norm" else self._linear
-                bottlenecks[place(site.name)] = self._bottleneck(self._of(site))
+                bottlenecks[place(site.name)] = bottleneck(self._of(site), report.config)
             elif self._method == "ADAPTION_PROMPT":
                 index, prompt = self._attention_prompt(site.name, self._of(site))
                 attention[index] = prompt
@@ -115,7 +119,9 @@ class _Builder:
             head=head,
             virtual=virtual,
             invocation=report.invocation or None,
+            lasting=self._lasting if report.invocation else {},
         )
+        self._sites.check(form)
         check_finite(form, self._model.dtype)
         if not has_effect(form, self._sites):
             raise NoEffect(
@@ -154,10 +160,10 @@ class _Builder:
             raise UnsupportedMethod(f"Module {name} is not {kind} of this base.", metadata={"module": name})
         return path
 
-    def _put(self, path: str, form: LinearForm, name: str) -> None:
-        if path in self._layers:
+    def _put(self, path: str, form: LinearForm, name: str, *, lasting: bool = False) -> None:
+        if path in self._layers or path in self._lasting:
             raise Rejected(f"The adapter names layer {name} twice.", reason="UNKNOWN_MODULE")
-        self._layers[path] = form
+        (self._lasting if lasting else self._layers)[path] = form
 
     # Layers.
 
@@ -170,6 +176,10 @@ class _Builder:
             or any(m.diagonal_key or m.blocks_a or m.blocks_b for m in self._report.modules)
             or any(m.magnitude_key and (m.bias_key or m.kind == "embedding") for m in self._report.modules)
         )
+
+    def _starts_from_base(self, module: AdaptedModule) -> bool:
+        """Whether PEFT changes the base's weight under it."""
+        return self._report.initialisation is not None or module.diagonal_key is not None
 
     def _take_lora(self) -> None:
         for module in self._report.modules:
@@ -190,13 +200,22 @@ class _Builder:
     def _take_lora_table(self, module: AdaptedModule) -> None:
         if module.magnitude_key:
             raise UnsupportedMethod("DoRA on the embedding is not served: leave it out of target_modules.")
-        if self._model.seq2seq is not None:
-            raise UnsupportedMethod(
-                f"LoRA on {module.name} is not served: PEFT adapts a copy of the embedding that an encoder-decoder "
-                "never calls, so it would have no effect. Leave it out of target_modules."
-            )
+        self._refuse_table_apart(module.name)
         factors = embedding_factors(self._tensors[module.a_key], self._tensors[module.b_key], module.scaling)
         self._tables[self._table(module.name)] = TableForm(low_rank=factors)
+
+    def _refuse_table_apart(self, name: str, field: str = "target_modules") -> None:
+        """An encoder-decoder's stacks have tables of their own."""
+        if self._model.seq2seq is None:
+            return
+        why = "of an encoder-decoder no table of rows is, neither its stacks' embeddings nor their biases of distances"
+        if self._find(name) in self._sites.tables:
+            why = "PEFT changes a table that no stack of an encoder-decoder calls, so it would have no effect"
+        raise UnsupportedMethod(
+            f"{self._method if field == 'target_modules' else field} on {name} is not served: {why}. Leave it out of "
+            f"{field}.",
+            metadata={"peft_type": self._method, "module": name},
+        )
 
     def _read_layers(self) -> None:
         """Has PEFT itself build its layers over a view of the base, and reads them."""
@@ -204,9 +223,18 @@ class _Builder:
         for module in self._report.modules:
             if module.kind == "embedding":
                 self._take_lora_table(module)
+            elif self._starts_from_base(module) and self._find(module.name) == LM_HEAD and self._tied():
+                raise UnsupportedMethod(
+                    f"{self._report.initialisation or 'KaSA'} on {module.name} is not served: it changes the base's "
+                    "head, and with it the embedding that shares its weight. Leave it out of target_modules.",
+                    metadata={"peft_type": self._method, "module": module.name},
+                )
         read = read_layers(self._root(tensors), self._report.config, tensors, self._model.dtype)
         for name, form in read.items():
-            if next(form.tensors(), None) is not None:
+            if isinstance(form, TableForm):
+                self._refuse_table_apart(name)
+                self._tables[self._table(name)] = form
+            elif next(form.tensors(), None) is not None:
                 self._put(self._linear(name), form, name)
         self._check_nothing_lost(read)
 
@@ -222,12 +250,13 @@ class _Builder:
             )
 
     def _root(self, tensors: Mapping[str, Tensor]) -> Any:
-        """The tree that the adapter's names fit."""
-        inside = f"base_model.model.{self._prefix}."
+        """The tree that the adapter's names fit. A head of its own stands beside the prefix."""
+        base = self._model.base
+        head = self._sites.head_name if base.model is not base.backbone else None
+        inside = tuple(f"base_model.model.{name}." for name in (self._prefix, head) if name)
         of_layers = [key for key in tensors if key.startswith("base_model.model.")]
         task = self._report.config.get("task_type")
         prefixed = any(key.startswith(inside) for key in of_layers) if of_layers else task != "FEATURE_EXTRACTION"
-        base = self._model.base
         with_head = task in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
         pooler = self._model.pooler
         return peft_root(base.model, base.backbone, self._prefix, prefixed=prefixed, head=with_head, pooler=pooler)
@@ -260,11 +289,11 @@ class _Builder:
                 )
             return
         self._head_rows = rows
-        change, mine = tied_head(rows, self._tied_weight(weight)), self._layers.get(LM_HEAD)
+        change, mine = tied_head(rows, self._tied_weight(weight)), self._lasting.get(LM_HEAD)
         if mine is None:
-            self._layers[LM_HEAD] = LinearForm(low_rank=change)
+            self._lasting[LM_HEAD] = LinearForm(low_rank=change)
         elif self._method == "LORA" and self._formula_of_lora() and mine.additive:
-            self._layers[LM_HEAD] = mine.with_low_rank(joined(mine.low_rank, change))
+            self._lasting[LM_HEAD] = mine.with_low_rank(joined(mine.low_rank, change))
         else:
             raise UnsupportedMethod(
                 "Trained tokens on a language-model head are served beside a plain LoRA on it, and beside nothing else "
@@ -278,27 +307,29 @@ class _Builder:
         if path in self._sites.norms:
             self._norms[path] = NormForm(own)
             return
+        if site.kind == "embedding":
+            self._refuse_table_apart(site.name, "modules_to_save")
         if path in self._sites.tables:
             table = self._sites.tables[path]
-            self._check_shape(site.name, own["weight"], table.weight.shape)
+            check_shape(site.name, own["weight"], table.weight.shape)
             self._tables[path] = whole_table(own["weight"])
-            if self._tied() and self._report.config.get("ensure_weight_tying"):
+            if self._report.tying == "saved" and all(other.kind != "output" for other in self._report.saved):
                 change = own["weight"].float() - self._tied_weight(table.weight).float()
-                self._put(LM_HEAD, LinearForm(dense=change), site.name)
+                self._put(LM_HEAD, LinearForm(dense=change), site.name, lasting=True)
             return
         path = self._linear(site.name)
         layer = self._sites.linears[path]
         if "weight" in own:
             weight = dense_weight(layer)
             saved = own["weight"].t() if site.kind == "conv1d" else own["weight"]
-            self._check_shape(site.name, saved, weight.shape)
-            self._put(path, LinearForm(dense=saved.float() - weight), site.name)
+            check_shape(site.name, saved, weight.shape)
+            self._put(path, LinearForm(dense=saved.float() - weight), site.name, lasting=True)
         if "bias" in own:
             if layer.bias is None:
                 raise Rejected(f"The base has no bias on {site.name}.", reason="UNKNOWN_TENSOR")
             base_bias = layer.bias.detach()  # PEFT gives a saved bias the base's dtype
             change = own["bias"].to(base_bias).float() - base_bias.float()
-            self._layers[path] = self._layers.get(path, LinearForm()).plus_bias(change)
+            self._lasting[path] = self._lasting.get(path, LinearForm()).plus_bias(change)
 
     def _tied(self) -> bool:
         return bool(getattr(self._model.base.model.config, "tie_word_embeddings", False)) and (
@@ -310,32 +341,30 @@ class _Builder:
         head = self._sites.linears[LM_HEAD]
         return dense_weight(head) if isinstance(head.base_layer, QuantizedLinear) else shared.detach()
 
-    def _check_shape(self, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
-        if tuple(tensor.shape) != tuple(shape):
-            raise Rejected(
-                f"{name}.weight has the shape {list(tensor.shape)}, and the base's {list(shape)}: an adapter that "
-                "changes the vocabulary is not served.",
-                reason="SHAPE_MISMATCH",
-            )
-
     def _check_copy(self, site: AdaptedSite) -> None:
-        """PEFT saves the embedding and the head beside a LoRA on them; they must be the base's own."""
+        """PEFT saves the embedding and the head beside a LoRA on them; they must be the base's own, or what PiSSA and
+        its like leave of it."""
         path = self._find(site.name)
+        adapted = any(other.name == site.name for other in self._report.sites)
+        if (
+            path == LM_HEAD
+            and not adapted
+            and any(self._find(s.name) in self._sites.tables for s in self._report.saved)
+        ):
+            self._take_saved(site)  # PEFT loads it into the base's own head
+            return
         if path in self._sites.tables:
             own = self._sites.tables[path].weight.detach()
         elif path == LM_HEAD and self._tied():
             own = next(iter(self._sites.tables.values())).weight.detach()
         else:
             own = dense_weight(self._sites.linears[self._linear(site.name)])
-        narrow = self._model.dtype
+        changed = next((m for m in self._report.modules if m.name == site.name and self._starts_from_base(m)), None)
+        if changed is not None and path in self._layers:
+            own = changed_base(own, self._layers[path], changed, self._tensors)
+        where = f"beside {self._method} on it" if adapted else "though it is not among modules_to_save"
         for copied in self._of(site).values():
-            self._check_shape(site.name, copied, own.shape)
-            if not torch.equal(copied.to(narrow), own.to(narrow)):
-                raise UnsupportedMethod(
-                    f"The adapter brings its own {site.name} beside a LoRA on it: train it with modules_to_save "
-                    "instead, or save with save_embedding_layers=False if it is the base's.",
-                    metadata={"module": site.name},
-                )
+            check_copy(site.name, copied, own, self._model.dtype, where, exact=changed is None)
 
     # The rest.
 
@@ -364,17 +393,4 @@ class _Builder:
         raise UnsupportedMethod(
             "ADAPTION_PROMPT is served on Llama, Mistral and GPT-2 only, for which PEFT makes it.",
             metadata={"peft_type": self._method},
-        )
-
-    def _bottleneck(self, parts: Mapping[str, Tensor]) -> Bottleneck:
-        config = self._report.config
-        norm = {name.removeprefix("adapter_norm."): t for name, t in parts.items() if name.startswith("adapter_norm.")}
-        return Bottleneck(
-            down=parts["adapter_down.weight"],
-            down_bias=parts.get("adapter_down.bias"),
-            up=parts["adapter_up.weight"],
-            up_bias=parts.get("adapter_up.bias"),
-            activation=str(config.get("non_linearity") or "relu"),
-            scaling=float(config.get("scaling") or 1.0),
-            norm=norm or None,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from adapterbay.server.adapters.forms import LinearForm, NormForm, ServingForm, TableForm
 from adapterbay.server.adapters.residency import Resident
 from adapterbay.server.batch import Group, Row
+from adapterbay.server.mix.pools import DOUBLING, TIGHT
 from adapterbay.server.mix.sites import Sites
 from adapterbay.server.scheduler import Seat
 
@@ -20,6 +21,11 @@ STEP_BYTES: Final = 16 << 20
 in bfloat16 at rank 8)."""
 SITE_BYTES: Final = 32 << 10
 """What a module counts at least: placing costs as much time as copying so much would."""
+
+
+SLACK: Final = 4
+"""With the pools' free rows adapters take this part of the budget on top of it (1 / SLACK) at most, and one layer's
+pools more."""
 
 
 class _Placing:
@@ -43,6 +49,9 @@ class _Placing:
 class DeviceMemory:
     """Places adapters into the layers' pools within a budget; idle ones give way, pinned ones last.
 
+    The budget is for what adapters take. Pools have free rows besides, so that they need not grow, and with them every
+    row, whenever one comes; what they may take on top of it is bounded (SLACK).
+
     While rows run, one step places STEP_BYTES at most, and the module that goes beyond them. An adapter that has begun
     has its room and goes on in the next step.
     """
@@ -56,12 +65,14 @@ class DeviceMemory:
     ) -> None:
         self._sites = sites
         self._budget = budget_bytes
+        self._most = budget_bytes + budget_bytes // SLACK
         self._step_bytes = step_bytes
         self._left = step_bytes
         self._placed: OrderedDict[str, Resident] = OrderedDict()
         self._placing: dict[str, _Placing] = {}
         self._sizes: dict[str, int] = {}
         self.used_bytes = 0
+        self._use(0)
 
     @property
     def budget_bytes(self) -> int:
@@ -115,7 +126,7 @@ class DeviceMemory:
         if self._placed.pop(resident.key, None) is None and self._placing.pop(resident.key, None) is None:
             return
         resident.on_device = False
-        self.used_bytes -= self._sizes.pop(resident.key)
+        self._use(-self._sizes.pop(resident.key))
         self._sites.remove(resident.key, resident.ready)
 
     def placed(self) -> Iterable[Resident]:
@@ -124,8 +135,14 @@ class DeviceMemory:
 
     def _begin(self, resident: Resident) -> None:
         self._sizes[resident.key] = self.size(resident)
-        self.used_bytes += self._sizes[resident.key]
+        self._use(self._sizes[resident.key])
         self._placing[resident.key] = _Placing(resident, self._sites)
+
+    def _use(self, size: int) -> None:
+        """More or less is taken: what free rows may take is what is left of the budget and the slack."""
+        self.used_bytes += size
+        self._sites.slack_bytes = self._most - self.used_bytes
+        self._sites.growth = DOUBLING if 2 * self.used_bytes <= self._most else TIGHT
 
     def _go_on(self, resident: Resident, alone: bool) -> bool:
         """Places what this step may, or all of it; whether the adapter is whole."""
@@ -153,12 +170,12 @@ class DeviceMemory:
 def device_bytes(form: ServingForm, sites: Sites) -> int:
     """What a form takes once it is placed at `sites`: each tensor in the dtype in which its store keeps it.
 
-    On top of all adapters come the pools' free rows, at most as many as are taken, and the packed copies that a step on
-    a CPU makes of the rows that it reads (`RankPool.packed`).
+    On top of all adapters come the pools' free rows (SLACK), and the packed copies that a step on a CPU without kernels
+    makes of the rows that it reads (`RankPool.packed`).
     """
     narrow = sites.dtype.itemsize
     return (
-        sum(_linear(layer, narrow) for layer in form.layers.values())
+        sum(_linear(layer, narrow) for layer in (*form.layers.values(), *form.lasting.values()))
         + sum(_norm(norm, sites.norms[path]._parameters) for path, norm in form.norms.items())
         + sum(_table(table, narrow) for table in form.tables.values())
         + sum(_FLOAT32 * t.numel() for part in form.bottlenecks.values() for t in part.tensors())
@@ -185,9 +202,10 @@ def _norm(form: NormForm, base: Mapping[str, Tensor | None]) -> int:
 
 
 def _table(form: TableForm, narrow: int) -> int:
-    """Rows and factors in the base's dtype (`MixedTable`)."""
-    low_rank = () if form.low_rank is None else (form.low_rank.a, form.low_rank.b)
-    return narrow * _numbers(form.rows, *low_rank) + (0 if form.tokens is None else form.tokens.nbytes)
+    """Rows and factors in the base's dtype, rotations in float32 (`MixedTable`)."""
+    factors = [tensor for each in (form.low_rank, form.gain) if each is not None for tensor in (each.a, each.b)]
+    tokens = 0 if form.tokens is None else form.tokens.nbytes
+    return narrow * _numbers(form.rows, *factors) + _FLOAT32 * _numbers(form.rotation) + tokens
 
 
 def _numbers(*tensors: Tensor | None) -> int:

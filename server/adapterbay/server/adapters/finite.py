@@ -44,7 +44,7 @@ def _as_stored(tensor: Tensor) -> Tensor:
 
 def _numbers(form: ServingForm) -> Iterator[tuple[str, Tensor]]:
     """All of a form but its head, which comes from the files as it is and stays in float32."""
-    for kind in (form.layers, form.norms, form.tables, form.bottlenecks, form.attention):
+    for kind in (form.layers, form.lasting, form.norms, form.tables, form.bottlenecks, form.attention):
         for path, part in kind.items():
             for tensor in part.tensors():
                 yield str(path), tensor

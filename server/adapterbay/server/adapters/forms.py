@@ -27,6 +27,11 @@ LM_HEAD: Final = "lm_head"
 """The path of the language-model head, however the architecture calls it."""
 
 
+def lasting_key(key: str) -> str:
+    """Under which key the part of an activated adapter lies that is on from the first token."""
+    return f"{key}/lasting"
+
+
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """scaling · B A, as stored: a [rank, in], b [rank, out] (Bᵀ). Placing it on the device casts and copies."""
@@ -39,6 +44,11 @@ class LowRank:
     def rank(self) -> int:
         """How many rank rows it has."""
         return int(self.a.shape[0])
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether neither factor is zero."""
+        return bool(self.scaling) and bool(self.a.any()) and bool(self.b.any())
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +123,24 @@ class LinearForm:
 
 @dataclass(frozen=True, slots=True)
 class TableForm:
-    """What an adapter does to an embedding: rows replaced, or a low-rank delta of rows (LoRA on an embedding), or both.
+    """What an adapter does to an embedding: one of these, or the first two.
 
     `tokens` [count] long and `rows` [count, hidden] replace; `low_rank.a` [rank, vocabulary] and `.b` [rank, hidden]:
-    row t gains scaling · aᵀ[t] b.
+    row t gains scaling · aᵀ[t] b (LoRA). `gain`, shaped alike: row w_t gains w_t ⊙ (scaling · aᵀ[t] b), which a table
+    that multiplies its rows does not multiply (HiRA). `rotation` [blocks, size, size] turns what the table gives, block
+    by block (OFT).
     """
 
     tokens: Tensor | None = None
     rows: Tensor | None = None
     low_rank: LowRank | None = None
+    gain: LowRank | None = None
+    rotation: Tensor | None = None
+
+    @property
+    def only_ranks(self) -> bool:
+        """Whether a low-rank delta is all there is."""
+        return self.low_rank is not None and all(t is None for t in (self.tokens, self.gain, self.rotation))
 
     def equals(self, other: TableForm) -> bool:
         """Whether both replace the same rows by the same."""
@@ -130,12 +149,13 @@ class TableForm:
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that takes memory."""
-        for tensor in (self.tokens, self.rows):
+        for tensor in (self.tokens, self.rows, self.rotation):
             if tensor is not None:
                 yield tensor
-        if self.low_rank is not None:
-            yield self.low_rank.a
-            yield self.low_rank.b
+        for factors in (self.low_rank, self.gain):
+            if factors is not None:
+                yield factors.a
+                yield factors.b
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +251,8 @@ class Prefix:
 @dataclass(frozen=True, slots=True)
 class ServingForm:
     """An adapter, ready to be placed. `invocation` are the tokens from which on an activated LoRA is on (aLoRA,
-    arXiv:2504.12397); None is from the first token."""
+    arXiv:2504.12397); None is from the first token. Of an activated one only `layers` wait for them, as in PEFT; what
+    it has trained besides, `norms`, `tables` and what `lasting` adds to linear layers, is on from the first token."""
 
     digest: str
     manifest: Manifest
@@ -243,6 +264,22 @@ class ServingForm:
     head: Head | None = None
     virtual: Prompt | Prefix | None = None
     invocation: tuple[int, ...] | None = None
+    lasting: Mapping[str, LinearForm] = field(default_factory=dict)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether a part of an activated adapter is on from the first token."""
+        return self.invocation is not None and bool(self.lasting or self.norms or self.tables)
+
+    @property
+    def lasting_part(self) -> ServingForm:
+        """That part, as an adapter of its own."""
+        return dataclasses.replace(self, layers=self.lasting, lasting={}, invocation=None)
+
+    @property
+    def activated_part(self) -> ServingForm:
+        """The other part."""
+        return dataclasses.replace(self, norms={}, tables={}, lasting={})
 
     @property
     def virtual_tokens(self) -> int:
@@ -263,7 +300,7 @@ class ServingForm:
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that takes memory."""
-        for kind in (self.layers, self.norms, self.tables, self.bottlenecks, self.attention):
+        for kind in (self.layers, self.lasting, self.norms, self.tables, self.bottlenecks, self.attention):
             for form in kind.values():
                 yield from form.tensors()
         if self.virtual is not None:

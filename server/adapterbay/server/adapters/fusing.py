@@ -62,10 +62,11 @@ def fuse_forms(arm: ArmSpec, forms: Sequence[ServingForm]) -> ServingForm:
     settings = arm.fusion.completed()
     # In one order, whatever that of the request was: it is the same fusion.
     named = sorted(zip(arm.parts, forms, strict=True), key=lambda pair: pair[0].digest)
-    rank = settings.rank or max(delta.rank for _, form in named for delta in _deltas(form).values())
+    known = [(part, dict(form.low_ranks())) for part, form in named]
+    rank = settings.rank or max(delta.rank for _, deltas in known for delta in deltas.values())
 
     def fused(path: str) -> LowRank | None:
-        here = [(_deltas(form)[path], weight_at(part.applied, path)) for part, form in named if path in _deltas(form)]
+        here = [(deltas[path], weight_at(part.applied, path)) for part, deltas in known if path in deltas]
         here = [(delta, weight) for delta, weight in here if weight]  # without weight it has no vote either
         if not here:
             return None
@@ -75,9 +76,8 @@ def fuse_forms(arm: ArmSpec, forms: Sequence[ServingForm]) -> ServingForm:
     layers = {path: fused(path) for path in _union(form.layers for _, form in named)}
     tables = {path: fused(path) for path in _union(form.tables for _, form in named)}
     head = _blended([form for _, form in named], [part.weight for part, _ in named])
-    if head is None and not any(
-        delta is not None and _has_effect(delta) for delta in (*layers.values(), *tables.values())
-    ):
+    made = (*layers.values(), *tables.values())
+    if head is None and not any(delta is not None and delta.has_effect for delta in made):
         raise NoEffect(
             f"Nothing is left of {' and '.join(map(str, arm.parts))} when they are fused by {settings.method}."
         )
@@ -141,23 +141,17 @@ def _check_bottlenecks(named: Sequence[Named]) -> None:
 
 def _check_low_rank(part: Part, form: ServingForm, method: str) -> None:
     plain = all(layer.low_rank is not None and layer.only_ranks for layer in form.layers.values())
-    plain = plain and all(table.low_rank is not None and table.tokens is None for table in form.tables.values())
-    if not plain or form.norms or form.bottlenecks or form.attention or not _deltas(form):
+    plain = plain and all(table.only_ranks for table in form.tables.values())
+    if not plain or form.lasting or form.norms or form.bottlenecks or form.attention or not any(form.low_ranks()):
         raise UnsupportedMethod(
             f"{_who(part, form)} is more than low-rank deltas, and {method} is for those alone: use linear."
         )
 
 
-def _deltas(form: ServingForm) -> Mapping[str, LowRank]:
-    layers = {path: layer.low_rank for path, layer in form.layers.items()}
-    tables = {path: table.low_rank for path, table in form.tables.items()}
-    return {path: delta for path, delta in (layers | tables).items() if delta is not None}
-
-
 def _paths(form: ServingForm) -> dict[str, None]:
     """The layers that a weight can be for, as the step calls them (`mix.attention` for prompts)."""
     attention = {f"layers.{index}.self_attn": prompt for index, prompt in form.attention.items()}
-    return _union([form.layers, form.norms, form.tables, form.bottlenecks, attention])
+    return _union([form.layers, form.lasting, form.norms, form.tables, form.bottlenecks, attention])
 
 
 def _union(kinds: Iterable[Mapping[str, Any]]) -> dict[str, None]:
@@ -171,10 +165,6 @@ def _blended(forms: Sequence[ServingForm], weights: Sequence[float]) -> Head | N
         return average_heads(*map(list, zip(*pairs, strict=True))) if pairs else None
     except TaskMismatch:
         return None  # it generates and embeds all the same; who asks for a label is told
-
-
-def _has_effect(delta: LowRank) -> bool:
-    return bool(delta.a.any()) and bool(delta.b.any())
 
 
 def _who(part: Part, form: ServingForm) -> str:

@@ -10,13 +10,15 @@ from typing import Any
 
 from adapterbay.registry import Registry, Resolved
 from adapterbay.registry.errors import AdapterbayError, BaseMismatch, UnsupportedMethod
-from adapterbay.registry.manifest import Manifest
+from adapterbay.registry.manifest import FileEntry, Manifest
 from adapterbay.server.adapters.build import build_form
+from adapterbay.server.adapters.claims import Claim
 from adapterbay.server.adapters.events import AdapterEvent
 from adapterbay.server.adapters.finite import check_finite
 from adapterbay.server.adapters.forms import ServingForm
 from adapterbay.server.adapters.fusing import fuse_forms
-from adapterbay.server.adapters.residency import HostMemory, Residency, ResidencyInfo, Resident
+from adapterbay.server.adapters.memory import HostMemory
+from adapterbay.server.adapters.residency import Residency, ResidencyInfo, Resident
 from adapterbay.server.config import ServerConfig
 from adapterbay.server.model import ServingModel
 from adapterbay.server.requests import ArmSpec
@@ -30,7 +32,13 @@ class AdapterManager:
     """The engine's adapters: what the registry has, and what of it is in memory. Thread-safe."""
 
     def __init__(
-        self, registry: Registry, model: ServingModel, config: ServerConfig, vacate: Callable[[Any], None]
+        self,
+        registry: Registry,
+        model: ServingModel,
+        config: ServerConfig,
+        *,
+        vacate: Callable[[Any], None],
+        wake: Callable[[], None],
     ) -> None:
         self.registry = registry
         self._model = model
@@ -45,6 +53,7 @@ class AdapterManager:
             budget_bytes=config.host_bytes,
             threads=config.load_threads,
             vacate=vacate,
+            wake=wake,
         )
 
     def resolve(self, reference: str) -> Resolved:
@@ -56,13 +65,13 @@ class AdapterManager:
         self.check_base(digest)
         return self.memory.load(digest)
 
-    def hold(self, digest: str, arm: ArmSpec) -> Resident:
+    def hold(self, digest: str, arm: ArmSpec, claim: Claim) -> Resident:
         """What computes a row of `arm` under this digest, one of its key's; see `HostMemory.hold`."""
         if arm.fusion is None:
-            return self.memory.hold(digest)
+            return self.memory.hold(digest, claim)
         with self._fusing:
             self._fused[digest] = arm
-            resident = self.memory.hold(digest)
+            resident = self.memory.hold(digest, claim)
             if len(self._fused) > self._most_fused:
                 self._forget()
             return resident
@@ -117,7 +126,17 @@ class AdapterManager:
         arm = self._fused.get(digest)
         if arm is not None:
             return sum(self._size_of(part.digest) for part in arm.parts)
-        return sum(file.size for file in self.manifest(digest).files if file.path.endswith(".safetensors"))
+        files = self.manifest(digest).files
+        return sum(self._tensor_bytes(file) for file in files if file.path.endswith(".safetensors"))
+
+    def _tensor_bytes(self, file: FileEntry) -> int:
+        """A file without its header, which may be larger than the tensors of a small adapter."""
+        try:
+            with self.registry.blobs.path(file.digest).open("rb") as opened:
+                header = 8 + int.from_bytes(opened.read(8), "little")
+        except OSError:  # the load will say so
+            header = 0
+        return file.size - header if header < file.size else file.size
 
     def _load(self, digest: str) -> ServingForm:
         """On a loading thread. Parts that are not in memory are read for the fusion alone: a loading thread that waited

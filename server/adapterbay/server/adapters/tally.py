@@ -139,14 +139,19 @@ class CountedPlaces:
         self._places.renew()
 
     def seat(self, group: Group, *, alone: bool) -> Seat:
-        """Places every adapter of the group; see `scheduler.Slots`."""
+        """Places every adapter of the group; see `scheduler.Slots`. Counts once for a group that begins: what it found
+        whole when it first asked as hits, what had to be placed as misses, be it over several steps."""
         before = {resident.key for resident in self._places.placed()}
         seat = self._places.seat(group, alone=alone)
         self._tally.evictions.add(count=len(before - {resident.key for resident in self._places.placed()}))
+        if seat is Seat.FULL:
+            return seat
+        wanted = {resident.key for row in group.rows for resident in row.residents}
+        group.waited_for |= wanted - before
         if seat is Seat.TAKEN:
-            wanted = {resident.key for row in group.rows for resident in row.residents}
-            self._tally.hits.add(count=len(wanted & before))
-            self._tally.misses.add(count=len(wanted - before))
+            self._tally.hits.add(count=len(wanted - group.waited_for))
+            self._tally.misses.add(count=len(wanted & group.waited_for))
+            group.waited_for.clear()  # it may give way and ask again
         return seat
 
     def leave(self, row: Row) -> None:

@@ -37,7 +37,16 @@ def _vera(layer: Any, _: Tensor) -> LinearForm:
     a = layer.vera_A[ADAPTER].detach().float()[:, : layer.in_features]
     b = layer.vera_B[ADAPTER].detach().float()[: layer.out_features]
     d, scale = layer.vera_lambda_d[ADAPTER].detach().float(), layer.vera_lambda_b[ADAPTER].detach().float()
-    return LinearForm(low_rank=LowRank(a=d[:, None] * a, b=(scale[:, None] * b).t().contiguous(), scaling=1.0))
+    factors = LowRank(a=d[:, None] * a, b=(scale[:, None] * b).t().contiguous(), scaling=1.0)
+    return LinearForm(low_rank=_no_wider(factors))
+
+
+def _no_wider(factors: LowRank) -> LowRank:
+    """The same of no more ranks than the layer has inputs: VeRA's r is that of all layers, and 1024 in its paper."""
+    rank, width = factors.a.shape
+    if rank <= width:
+        return factors
+    return LowRank(a=torch.eye(width), b=factors.a.t() @ factors.b, scaling=factors.scaling)
 
 
 def _hra(layer: Any, weight: Tensor) -> LinearForm:
@@ -48,9 +57,8 @@ def _hra(layer: Any, weight: Tensor) -> LinearForm:
     change.diagonal().sub_(1)
     if negligible(change, torch.ones(1)):
         return LinearForm()
-    factors = factor(change, 4e-6 * float(change.abs().max()))
-    if factors is None:
-        return LinearForm(dense=weight @ change)
+    factors = factor(change, 4e-6 * float(change.abs().max()), at_any_rank=True)
+    assert factors is not None
     return LinearForm(low_rank=LowRank(a=factors.a, b=(weight @ factors.b.t()).t().contiguous(), scaling=1.0))
 
 
@@ -64,12 +72,16 @@ def _boft(layer: Any, weight: Tensor) -> LinearForm:
 
 def _oft(layer: Any, _: Tensor) -> LinearForm:
     """OFT (Qiu et al. 2023, arXiv:2306.07280): a block-diagonal rotation of the layer's input."""
-    module = layer.oft_R[ADAPTER]
+    return LinearForm(rotation=rotation_of(layer.oft_R[ADAPTER]))
+
+
+def rotation_of(module: Any) -> Tensor:
+    """The blocks [blocks, size, size] of PEFT's `OFTRotationModule`, each to be multiplied with a column."""
     size, features = int(module.block_size), int(module.in_features)
     turned = module(torch.eye(features))
     blocks = turned.view(features // size, size, features // size, size)
     diagonal = torch.stack([blocks[block, :, block] for block in range(features // size)])
-    return LinearForm(rotation=diagonal.transpose(1, 2).contiguous())
+    return diagonal.transpose(1, 2).contiguous()
 
 
 def _road(layer: Any, _: Tensor) -> LinearForm:

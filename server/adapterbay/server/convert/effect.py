@@ -33,25 +33,27 @@ def has_effect(form: ServingForm, sites: Sites) -> bool:
     if form.head is not None or form.virtual is not None or form.bottlenecks or form.attention:
         return True
     return (
-        any(_linear(layer) for layer in form.layers.values())
+        any(_linear(layer) for layer in (*form.layers.values(), *form.lasting.values()))
         or any(_norm(norm, sites.norms[path]._parameters) for path, norm in form.norms.items())
         or any(_table(table, sites.tables[path].weight) for path, table in form.tables.items())
     )
 
 
 def _linear(form: LinearForm) -> bool:
-    ranks = form.low_rank
-    if ranks is not None and bool(ranks.a.any()) and bool(ranks.b.any()) and ranks.scaling:
+    if form.low_rank is not None and form.low_rank.has_effect:
         return True
     scales = [scale for scale in (form.in_scale, form.out_scale) if scale is not None]
     if any(bool((scale.float() - 1).abs().max() > ROUNDING) for scale in scales):
         return True
-    if form.rotation is not None:
-        identity = torch.eye(form.rotation.shape[-1])
-        if bool((form.rotation.float() - identity).abs().max() > ROUNDING):
-            return True
+    if _turns(form.rotation):
+        return True
     parts = (form.bias, form.dense, None if form.turn is None else form.turn.values)
     return any(part is not None and bool(part.any()) for part in parts)
+
+
+def _turns(rotation: Tensor | None) -> bool:
+    """Whether a rotation [blocks, size, size] is more than the identity."""
+    return rotation is not None and bool((rotation.float() - torch.eye(rotation.shape[-1])).abs().max() > ROUNDING)
 
 
 def _norm(form: NormForm, base: Mapping[str, Tensor | None]) -> bool:
@@ -60,9 +62,12 @@ def _norm(form: NormForm, base: Mapping[str, Tensor | None]) -> bool:
 
 
 def _table(form: TableForm, weight: Tensor) -> bool:
-    if form.low_rank is not None:
-        return bool(form.low_rank.a.any()) and bool(form.low_rank.b.any())
-    assert form.tokens is not None
+    if any(factors is not None and factors.has_effect for factors in (form.low_rank, form.gain)):
+        return True
+    if _turns(form.rotation):
+        return True
+    if form.tokens is None:
+        return False
     assert form.rows is not None
     there = weight.detach()[form.tokens.to(weight.device)]
     return not torch.equal(form.rows.to(there), there)

@@ -40,6 +40,9 @@ DENSE_METHODS: Final = frozenset(
 )
 """Methods whose delta has, as a rule, full rank: looking for factors would be in vain."""
 
+FACTOR_METHODS: Final = frozenset({"DEFT", "DELORA", "PSOFT", "TINYLORA", "UNILORA", "VBLORA"})
+"""Methods whose delta is a product of factors: stored so whatever the rank, so that it is batched and fused as LoRA."""
+
 
 class LayerReader:
     """Reads the layers of one adapter."""
@@ -89,7 +92,10 @@ class LayerReader:
     def _compact(self, delta: Tensor, largest: Tensor) -> LinearForm:
         if negligible(delta, largest):
             return LinearForm()
-        low_rank = None if self._method in DENSE_METHODS else factor(delta, 4 * RANK_TOLERANCE * float(largest))
+        if self._method in DENSE_METHODS:
+            return LinearForm(dense=delta)
+        tolerance = 4 * RANK_TOLERANCE * float(largest)
+        low_rank = factor(delta, tolerance, at_any_rank=self._method in FACTOR_METHODS)
         return LinearForm(low_rank=low_rank) if low_rank is not None else LinearForm(dense=delta)
 
     def _agrees(
@@ -142,22 +148,28 @@ def _merged_delta(layer: Any, view: nn.Module, weight: Tensor) -> Tensor | None:
     return delta.detach().float() if delta.shape == weight.shape else None
 
 
-def factor(delta: Tensor, tolerance: float) -> LowRank | None:
+def factor(delta: Tensor, tolerance: float, *, at_any_rank: bool = False) -> LowRank | None:
     """`delta` [out, in] as B A when its rank is small enough to gain from it, by a randomized range finder (Halko,
-    Martinsson and Tropp 2011, arXiv:0909.4061, algorithm 4.1); None when what is left over exceeds `tolerance`."""
+    Martinsson and Tropp 2011, arXiv:0909.4061, algorithm 4.1); None when what is left over exceeds `tolerance`.
+    `at_any_rank`: never None."""
     out_features, in_features = delta.shape
     generator = torch.Generator().manual_seed(0)
-    for width in (PROBE_RANK // 4, PROBE_RANK):
-        width = min(width, out_features, in_features)
+    full = min(out_features, in_features)
+    widths = [PROBE_RANK // 4, PROBE_RANK]
+    while at_any_rank and widths[-1] < full:
+        widths.append(4 * widths[-1])
+    for width in widths:
+        width = min(width, full)
         basis, _ = torch.linalg.qr(delta @ torch.randn(in_features, width, generator=generator))
         inner = basis.t() @ delta
         if (delta - basis @ inner).abs().max() <= tolerance:
             break
     else:
-        return None
+        if not at_any_rank:
+            return None
     u, s, v = torch.linalg.svd(inner, full_matrices=False)
     rank = max(int((s > max(RANK_TOLERANCE * float(s[0]), tolerance)).sum()), 1)
-    if rank * (out_features + in_features) > out_features * in_features // 2:
+    if not at_any_rank and rank * (out_features + in_features) > out_features * in_features // 2:
         return None
     root = s[:rank].sqrt()
     return LowRank(a=v[:rank] * root[:, None], b=((basis @ u[:, :rank]) * root).t().contiguous(), scaling=1.0)

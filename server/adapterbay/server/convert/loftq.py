@@ -17,7 +17,8 @@ from adapterbay.server.convert.direct import ADAPTER
 from adapterbay.server.convert.tree import LinearView
 
 BLOCK: Final = 64
-"""So many values in a row of the weight share one scale, as bitsandbytes has it for PEFT."""
+"""So many values in a row of the weight share one scale in NF4, as bitsandbytes has it for PEFT. With 8 bits a whole
+row has one."""
 
 
 def is_loftq(config: Mapping[str, Any]) -> bool:
@@ -28,36 +29,45 @@ def is_loftq(config: Mapping[str, Any]) -> bool:
 def rewrite_base(layers: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Puts what LoftQ leaves of the base into the views under PEFT's `layers`.
 
-    Raises UnsupportedMethod for 8 bits, and for Conv1D, on which PEFT's own start fails.
+    Raises UnsupportedMethod for Conv1D, on which PEFT's own start fails.
     """
     settings = config.get("loftq_config") or {}
     bits, iterations = int(settings.get("loftq_bits", 4)), int(settings.get("loftq_iter", 1))
     for path, layer in layers.items():
         view = layer.get_base_layer()
-        if bits != 4 or not isinstance(view, LinearView):
-            what = f"of {bits} bits" if bits != 4 else f"on {path}, a Conv1D,"
+        if not isinstance(view, LinearView):
             raise UnsupportedMethod(
-                f"LoftQ {what} is not served: train it with loftq_bits=4, or start with replace_lora_weights_loftq "
-                "over a base in NF4, which leaves the base as it is.",
+                f"LoftQ on {path}, a Conv1D, is not served: start with replace_lora_weights_loftq over a base in NF4, "
+                "which leaves the base as it is.",
                 metadata={"peft_type": "LORA", "field": "init_lora_weights"},
             )
-        view.hold(loftq_base(view.dense(), int(layer.r[ADAPTER]), iterations))
+        view.hold(loftq_base(view.dense(), int(layer.r[ADAPTER]), iterations, bits))
 
 
-def loftq_base(weight: Tensor, rank: int, iterations: int) -> Tensor:
-    """The NF4 part Q of the alternation Q = NF4(W - L R), L R = the best of `rank` for W - Q, which PEFT takes for the
-    base. weight [out, in] in float32.
+def loftq_base(weight: Tensor, rank: int, iterations: int, bits: int) -> Tensor:
+    """The part Q of few bits of the alternation Q = round(W - L R), L R = the best of `rank` for W - Q, which PEFT
+    takes for the base. weight [out, in] in float32; 4 bits are NF4, 8 bits bitsandbytes' rows of int8.
     """
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
+    rounded = {4: _nf4, 8: _int8}[bits]
     residual = weight
     for _ in range(iterations - 1):
-        u, s, v = torch.linalg.svd(weight - _rounded(residual, quantize_4bit, dequantize_4bit), full_matrices=False)
+        u, s, v = torch.linalg.svd(weight - rounded(residual), full_matrices=False)
         residual = weight - (u[:, :rank] * s[:rank]) @ v[:rank]
-    return _rounded(residual, quantize_4bit, dequantize_4bit)
+    return rounded(residual)
 
 
-def _rounded(weight: Tensor, quantize: Any, dequantize: Any) -> Tensor:
-    held, state = quantize(weight.contiguous(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
-    plain: Tensor = dequantize(held, state)
+def _nf4(weight: Tensor) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    held, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
+    plain: Tensor = dequantize_4bit(held, state)
+    return plain.to(weight)
+
+
+def _int8(weight: Tensor) -> Tensor:
+    """By way of float16, as in `bitsandbytes.nn.Int8Params`."""
+    from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
+
+    held, largest, _ = int8_vectorwise_quant(weight.contiguous().half())
+    plain: Tensor = int8_vectorwise_dequant(held, largest)
     return plain.to(weight)

@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from adapterbay.registry.admission.patterns import ModulePatterns, SearchPatterns, Targets, compile_pattern
 from adapterbay.registry.errors import AdapterbayError, Rejected, UnsupportedMethod
-from adapterbay.server.adapters.forms import LinearForm
+from adapterbay.server.adapters.forms import LinearForm, TableForm
 from adapterbay.server.convert.direct import ADAPTER
 from adapterbay.server.convert.layers import LayerReader, tuner_layers
 from adapterbay.server.convert.loftq import is_loftq, rewrite_base
+from adapterbay.server.convert.tables import read_table
 from adapterbay.server.convert.tree import View, make_plain
 
 _PEFT = threading.Lock()
@@ -39,12 +40,12 @@ SHAPES_ONLY: Final = frozenset(
 
 def read_layers(
     root: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype
-) -> dict[str, LinearForm]:
-    """The forms of all linear layers that PEFT adapts, by their path in `root` (see `tree.peft_root`). A form without
-    tensors is that of a layer that computes what the base's does.
+) -> dict[str, LinearForm | TableForm]:
+    """The forms of all linear layers and embeddings that PEFT adapts, by their path in `root` (see `tree.peft_root`). A
+    form without tensors is that of a layer that computes what the base's does. LoRA's embeddings are not read here.
 
-    `config` is adapter_config.json, `tensors` its tensors without heads, saved modules,
-    embeddings and biases; `dtype` that of the serving base. Raises
+    `config` is adapter_config.json, `tensors` its tensors without heads, saved modules and biases; `dtype` that of the
+    serving base. Raises
     Rejected for tensors that PEFT has no place for, and UnsupportedMethod for what PEFT itself refuses on this base.
     """
     method = str(config["peft_type"])
@@ -64,12 +65,15 @@ def read_layers(
             if isinstance(module, View):
                 module.shows_values = True
         reader = LayerReader(method, dtype)
-        forms = {}
+        forms: dict[str, LinearForm | TableForm] = {}
         for path, layer in tuner_layers(model.base_model.model).items():
             base_layer = layer.get_base_layer()
             if isinstance(base_layer, nn.Embedding):
-                continue  # `tables` reads those
-            layer.eval().float()
+                table = read_table(method, layer)
+                if table is not None:
+                    forms[path] = table
+                continue
+            layer.eval().float()  # never what stands over an embedding, which is the base's own
             forms[path] = _read(reader, layer, base_layer, path, method)
         return forms
 

@@ -1,13 +1,12 @@
 """Compiles the kernels once for this machine, keeps them under the cache folder, and loads them.
 
-The file is named by what it depends on: the sources, torch, the compiler with its flags, and the processor. Another
-process, or a restart, loads it in milliseconds. `-march=native` picks what this processor has; without AVX-512 the
-same sources compile to plain loops.
+The file is named by what it depends on: the sources, torch, the compiler with its flags, and the processor; and by its
+own bytes, which are checked before it is loaded (`cache`). Another process, or a restart, loads it in milliseconds.
+`-march=native` picks what this processor has; without AVX-512 the same sources compile to plain loops.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -19,6 +18,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -26,6 +26,7 @@ import torch
 
 from adapterbay.registry.errors import Unavailable
 from adapterbay.registry.paths import cache_folder
+from adapterbay.server.kernels import cache
 
 Compile = Literal["auto", "on", "off"]
 
@@ -42,6 +43,7 @@ FLAGS: Final = (
 )
 COMPILERS: Final = ("c++", "g++", "clang++")
 COMPILE_SECONDS: Final = 600.0
+NO_COMPILER: Final = "there is no C++ compiler (CXX, c++, g++ or clang++)"
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +83,8 @@ def load(mode: Compile) -> Kernels:
             _state = _try()
             log.info("kernels: %s", _state)
         if mode == "on" and not _state.loaded:
-            raise Unavailable(
-                f"The kernels cannot be compiled: {_state.reason}. Install a C++ compiler, or start with --compile off."
-            )
+            advice = "Install a C++ compiler, or start" if _state.reason == NO_COMPILER else "Mend that, or start"
+            raise Unavailable(f"There are no kernels: {_state.reason}. {advice} with --compile off.")
         return _state
 
 
@@ -91,13 +92,9 @@ def _try() -> Kernels:
     began = time.monotonic()
     compiler = find_compiler()
     if compiler is None:
-        return Kernels(loaded=False, reason="there is no C++ compiler (CXX, c++, g++ or clang++)")
+        return Kernels(loaded=False, reason=NO_COMPILER)
     try:
-        built = cache_folder() / "kernels" / f"{_digest(compiler)}.so"
-        compiled = not built.is_file()
-        if compiled:
-            compiled = _build_once(compiler, built)
-        torch.ops.load_library(str(built))  # type: ignore[no-untyped-call]
+        compiled = _load(compiler, cache_folder() / "kernels")
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         return Kernels(loaded=False, reason=" ".join(str(error).split())[:500])
     from adapterbay.server.kernels import ops
@@ -112,32 +109,34 @@ def find_compiler() -> str | None:
     return next((found for name in wanted if (found := shutil.which(name))), None)
 
 
-def _build_once(compiler: str, destination: Path) -> bool:
-    """Compiles unless another process is doing so: then waits for it. Whether this one compiled."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with open(destination.with_suffix(".lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if destination.is_file():
-            return False
-        build(compiler, destination)
+def _load(compiler: str, folder: Path) -> bool:
+    """Loads the library from the cache, or as it is built now. Whether it was built now."""
+    key = _digest(compiler)
+    try:
+        library, built = cache.kept(folder, key, partial(build, compiler))
+    except OSError as error:
+        log.warning("the kernels are compiled at every start, because %s cannot keep them: %s", folder, error)
+        with tempfile.TemporaryDirectory(prefix="adapterbay-kernels-") as elsewhere:
+            torch.ops.load_library(str(build(compiler, Path(elsewhere))))  # type: ignore[no-untyped-call]
         return True
+    torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    return built
 
 
-def build(compiler: str, destination: Path) -> None:
-    """Compiles `src/` to `destination`, which others see whole or not at all.
+def build(compiler: str, folder: Path) -> Path:
+    """Compiles `src/` in `folder`; the library's file.
 
     Raises OSError or subprocess.SubprocessError; RuntimeError with the compiler's first complaint.
     """
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    includes = [f"-I{folder}" for folder in include_paths()]
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix="build-") as folder:
-        made, library = Path(folder) / "ops.o", Path(folder) / "ops.so"
-        _run([compiler, *FLAGS, *includes, "-c", str(SOURCES / "ops.cpp"), "-o", str(made)])
-        # Not linked with OpenMP: its symbols are to come from the one runtime that torch has loaded.
-        libraries = [f"-L{folder}" for folder in library_paths()]
-        _run([compiler, "-shared", str(made), "-o", str(library), *libraries, "-ltorch_cpu", "-lc10", *_LOOSE])
-        library.replace(destination)
+    includes = [f"-I{path}" for path in include_paths()]
+    made, library = folder / "ops.o", folder / "ops.so"
+    _run([compiler, *FLAGS, *includes, "-c", str(SOURCES / "ops.cpp"), "-o", str(made)])
+    # Not linked with OpenMP: its symbols are to come from the one runtime that torch has loaded.
+    libraries = [f"-L{path}" for path in library_paths()]
+    _run([compiler, "-shared", str(made), "-o", str(library), *libraries, "-ltorch_cpu", "-lc10", *_LOOSE])
+    return library
 
 
 _LOOSE: Final = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()

@@ -1,4 +1,5 @@
-"""Linear layers of fewer bits on a CPU. `dense()` is the weight that they compute with, so that a reference can be had.
+"""Linear layers of fewer bits on a CPU, multiplied by the kernels or, where these are not, by torch (`by_torch`).
+`dense()` is the weight that they compute with, so that a reference can be had.
 
 Inputs are rounded to eight bits when they come, each 32 neighbours of a row with a scale of their own, and products are
 summed as exact integers. A row's bits do not depend on its company.
@@ -6,38 +7,38 @@ summed as exact integers. A row's bits do not depend on its company.
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from adapterbay.server.kernels import by_torch, ops
+from adapterbay.server.kernels.by_torch import GROUP
 from adapterbay.server.kernels.weights import PANEL, KernelLinear, dense
-
-GROUP: Final = 32
-"""Inputs that share a scale."""
 
 Bits = Literal[4, 8]
 
 
 class QuantizedLinear(KernelLinear):
     """A linear layer over a weight as `pack8` or `pack4` lays it out, or some panels of it. `dtype` is that of its
-    inputs and outputs."""
+    inputs and outputs; `compiled`: the kernels are loaded, and compute in it."""
 
     bits: Bits
 
-    def __init__(self, stored: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, stored: Tensor, bias: Tensor | None, dtype: torch.dtype, *, compiled: bool = True) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = self._inputs(stored), PANEL * stored.shape[0]
         self.packed = stored
         self.bias = bias  # type: ignore[assignment]
         self._dtype = dtype
+        self.compiled = compiled
 
     @classmethod
-    def of(cls, layer: nn.Module) -> QuantizedLinear:
+    def of(cls, layer: nn.Module, *, compiled: bool = True) -> QuantizedLinear:
         """A plain or packed layer quantized. Raises ValueError for a shape or a kind that does not fit."""
         weight = dense(layer)
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
-        return cls(cls._pack(weight), None if bias is None else bias.detach(), weight.dtype)
+        return cls(cls._pack(weight), None if bias is None else bias.detach(), weight.dtype, compiled=compiled)
 
     @property
     def weight(self) -> Tensor:
@@ -46,7 +47,13 @@ class QuantizedLinear(KernelLinear):
 
     def piece(self, stored: Tensor, bias: Tensor | None) -> QuantizedLinear:
         """As `KernelLinear.piece`."""
-        return type(self)(stored, bias, self._dtype)
+        return type(self)(stored, bias, self._dtype, compiled=self.compiled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., in] to [..., out]."""
+        flat = x.reshape(-1, self.in_features)
+        product = ops.linear if self.compiled else by_torch.linear
+        return product(flat, self.packed, self.bias).view(*x.shape[:-1], self.out_features)
 
     @staticmethod
     def _inputs(stored: Tensor) -> int:

@@ -17,7 +17,7 @@ from adapterbay.server.adapters.forms import Bottleneck, LinearForm, Turn
 from adapterbay.server.mix.bottleneck import PlacedBottleneck
 from adapterbay.server.mix.context import step_context
 from adapterbay.server.mix.plan import AdapterMix
-from adapterbay.server.mix.pools import RankPool, VectorPool
+from adapterbay.server.mix.pools import DOUBLING, RankPool, VectorPool
 
 
 class Dense:
@@ -51,6 +51,17 @@ class LinearSite:
         self._plain: set[str] = set()
 
     @property
+    def pools(self) -> tuple[RankPool | VectorPool, ...]:
+        """All that hold several adapters in one store."""
+        return self.pool, self.in_scales, self.out_scales, self.biases
+
+    @property
+    def free_bytes(self) -> int:
+        """What the pools' free rows take."""
+        scales = self.in_scales.free_bytes + self.out_scales.free_bytes
+        return self.pool.free_bytes + scales + self.biases.free_bytes
+
+    @property
     def used(self) -> bool:
         """Whether any resident adapter changes this layer."""
         return bool(self._keys)
@@ -64,11 +75,13 @@ class LinearSite:
         """Whether all that these adapters have here, if anything, are low-rank deltas."""
         return self.only_ranks or not any(key in self._keys and key not in self._plain for key in keys)
 
-    def place(self, key: str, form: LinearForm | None, bottleneck: Bottleneck | None = None) -> None:
-        """Copies one adapter in."""
+    def place(
+        self, key: str, form: LinearForm | None, bottleneck: Bottleneck | None = None, *, growth: float = DOUBLING
+    ) -> None:
+        """Copies one adapter in. `growth`: see `pools`."""
         self._keys.add(key)
         if form is not None:
-            self._place(key, form)
+            self._place(key, form, growth)
         if bottleneck is not None:
             self.bottlenecks[key] = PlacedBottleneck(bottleneck, self._device)
         if bottleneck is None and form is not None and form.only_ranks:
@@ -78,20 +91,20 @@ class LinearSite:
         """Frees what one adapter has here."""
         self._keys.discard(key)
         self._plain.discard(key)
-        for pool in (self.pool, self.in_scales, self.out_scales, self.biases):
+        for pool in self.pools:
             pool.remove(key)
         for store in (self.rotations, self.turns, self.dense, self.bottlenecks):
             store.pop(key, None)
 
-    def _place(self, key: str, form: LinearForm) -> None:
+    def _place(self, key: str, form: LinearForm, growth: float) -> None:
         if form.low_rank is not None:
-            self.pool.place(key, form.low_rank.a, form.low_rank.b, form.low_rank.scaling)
+            self.pool.place(key, form.low_rank.a, form.low_rank.b, form.low_rank.scaling, growth=growth)
         if form.in_scale is not None:
-            self.in_scales.place(key, form.in_scale.float() - 1)
+            self.in_scales.place(key, form.in_scale.float() - 1, growth=growth)
         if form.out_scale is not None:
-            self.out_scales.place(key, form.out_scale.float() - 1)
+            self.out_scales.place(key, form.out_scale.float() - 1, growth=growth)
         if form.bias is not None:
-            self.biases.place(key, form.bias)
+            self.biases.place(key, form.bias, growth=growth)
         if form.rotation is not None:
             self.rotations[key] = form.rotation.to(self._device, torch.float32)
         if form.turn is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterbay.server.adapters.forms import Bottleneck, NormForm
+from adapterbay.server.mix.axes import TokenAxis
 from adapterbay.server.mix.bottleneck import PlacedBottleneck
 from adapterbay.server.mix.context import step_context
 
@@ -17,10 +18,11 @@ from adapterbay.server.mix.context import step_context
 class MixedNorm(nn.Module):
     """Stands where a normalization layer of the base stood: the base's own for all tokens, an adapter's own for its."""
 
-    def __init__(self, base_layer: nn.Module, path: str, device: torch.device) -> None:
+    def __init__(self, base_layer: nn.Module, path: str, device: torch.device, axis: TokenAxis) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.path = path
+        self._axis = axis
         self._device = device
         self._own: dict[str, Callable[[Tensor], Tensor]] = {}
 
@@ -38,20 +40,21 @@ class MixedNorm(nn.Module):
         self._own.pop(key, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [..., hidden] to the same shape. A fusion is the base's output with the weighted differences added."""
+        """`x` [..., tokens, ..., features] to the same shape: a token may have several vectors (heads). A fusion is the
+        base's output with the weighted differences added."""
         y: Tensor = self.base_layer(x)
         mix = step_context.mix
         if mix is None or not self._own:
             return y
-        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        self._axis.check(x.shape, mix.tokens)
         for start, stop, parts in mix.arms(self._own, self.path):
-            rows = slice(start, stop)
+            mine_x, mine_y = (side.narrow(self._axis.at, start, stop - start) for side in (x, y))
             if len(parts) == 1 and parts[0][1] == 1:
-                flat_y[rows] = self._own[parts[0][0]](flat_x[rows])
+                mine_y.copy_(self._own[parts[0][0]](mine_x))
                 continue
-            plain = flat_y[rows].float()
-            changed = [weight * (self._own[key](flat_x[rows]).float() - plain) for key, weight in parts]
-            flat_y[rows] = (plain + torch.stack(changed).sum(0)).to(y.dtype)
+            plain = mine_y.float()
+            changed = [weight * (self._own[key](mine_x).float() - plain) for key, weight in parts]
+            mine_y.copy_(plain + torch.stack(changed).sum(0))
         return y
 
 

@@ -19,6 +19,11 @@ from adapterbay.server import packed
 PACKED_SLICES: Final = 4
 """So many slices of a pool are kept packed. A step reads one, and one more for each long run between short ones."""
 
+DOUBLING: Final = 2.0
+"""How a pool grows where memory is plenty: rarely, since all of it is copied then."""
+TIGHT: Final = 1.125
+"""How it grows where memory is short."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -36,15 +41,17 @@ class Layout:
     remembered there.
     """
 
-    __slots__ = ("__weakref__", "_fits", "_next", "spans", "used")
+    __slots__ = ("__weakref__", "_fits", "_next", "_tight", "spans", "taken", "used")
     _known: ClassVar[weakref.WeakValueDictionary[tuple[tuple[str, Span], ...], Layout]] = weakref.WeakValueDictionary()
 
     def __init__(self, spans: dict[str, Span]) -> None:
         self.spans = spans
         self.used = max((s.start + s.rank for s in spans.values()), default=0)
+        self.taken = sum(s.rank for s in spans.values())
         self._fits: dict[int, int] = {}
         # Weak: a chain of layouts, each with the next, would keep all that ever were.
         self._next: tuple[str, Span | None, weakref.ref[Layout]] | None = None
+        self._tight: weakref.ref[Layout] | None = None
 
     @classmethod
     def of(cls, spans: dict[str, Span]) -> Layout:
@@ -78,23 +85,81 @@ class Layout:
         self._next = (key, span, weakref.ref(layout))
         return layout
 
+    def tight(self) -> Layout:
+        """The layout of the same adapters in the same order, without free rows between them."""
+        layout = None if self._tight is None else self._tight()
+        if layout is None:
+            spans, start = {}, 0
+            for key, span in sorted(self.spans.items(), key=lambda item: item[1].start):
+                spans[key] = Span(start, span.rank, span.scaling)
+                start += span.rank
+            layout = Layout.of(spans)
+            self._tight = weakref.ref(layout)
+        return layout
+
 
 class _Rows:
-    """Places for spans of rows."""
+    """Places for spans of rows in stores [rows, …] of equal length."""
 
-    def __init__(self) -> None:
+    STORES: ClassVar[tuple[str, ...]]
+
+    def __init__(self, row_bytes: int) -> None:
         self.layout = Layout.of({})
+        self.capacity = 0  # in rows, free ones included
+        self.free_bytes = 0
+        self._row_bytes = row_bytes
 
     @property
     def spans(self) -> dict[str, Span]:
         """Who has rows here, and which."""
         return self.layout.spans
 
+    @property
+    def bytes(self) -> int:
+        """What the pool takes, free rows included."""
+        return self.capacity * self._row_bytes
 
-def _grown(store: Tensor, rows: int) -> Tensor:
-    grown = store.new_zeros(rows, store.shape[1])
-    grown[: store.shape[0]] = store
-    return grown
+    def trim(self) -> bool:
+        """Gives all free rows back; whether there were any."""
+        free = self.free_bytes > 0
+        if free:
+            self._move(self.layout.taken)
+        return free
+
+    def _room(self, rank: int, growth: float) -> int:
+        """Where `rank` rows are free. If that is nowhere, all rows move together, into stores for `growth` times as
+        many as are taken."""
+        start = self.layout.first_fit(rank)
+        if start + rank > self.capacity:
+            start = self.layout.taken
+            self._move(max(start + rank, int(growth * start)))
+        return start
+
+    def _left(self, layout: Layout) -> None:
+        """Somebody's rows are free from now on."""
+        self._take(layout)
+        if layout.used <= self.capacity // 4:
+            self.trim()
+
+    def _move(self, rows: int) -> None:
+        old, new = self.layout, self.layout.tight()
+        stores: list[Tensor] = [getattr(self, name) for name in self.STORES]
+        moved = [store.new_zeros(rows, store.shape[1]) for store in stores]  # all of them before anything changes
+        for store, there in zip(stores, moved, strict=True):
+            if old is new:
+                there[: old.used] = store[: old.used]
+                continue
+            for key, span in new.spans.items():
+                start = old.spans[key].start
+                there[span.start : span.start + span.rank] = store[start : start + span.rank]
+        for name, there in zip(self.STORES, moved, strict=True):
+            setattr(self, name, there)
+        self.capacity = rows
+        self._take(new)
+
+    def _take(self, layout: Layout) -> None:
+        self.layout = layout
+        self.free_bytes = (self.capacity - layout.taken) * self._row_bytes
 
 
 class RankPool(_Rows):
@@ -103,23 +168,22 @@ class RankPool(_Rows):
     Rows never hold NaN or Inf (admission sees to it, and fresh rows are zero), so masked rows add exactly nothing.
     """
 
+    STORES = ("a", "b")
+
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
+        super().__init__((in_features + out_features) * dtype.itemsize)
         self.a = torch.zeros(0, in_features, dtype=dtype, device=device)
         self.b = torch.zeros(0, out_features, dtype=dtype, device=device)
         self.packs = packed.can_pack(dtype, device)
         self._packed: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
 
-    def place(self, key: str, a: Tensor, b: Tensor, scaling: float) -> None:
+    def place(self, key: str, a: Tensor, b: Tensor, scaling: float, *, growth: float = DOUBLING) -> None:
         """Copies one adapter in. `a` [rank, in], `b` [rank, out] (B transposed)."""
         rank = a.shape[0]
-        start = self.layout.first_fit(rank)
-        if start + rank > self.a.shape[0]:
-            rows = max(start + rank, 2 * self.a.shape[0])
-            self.a, self.b = _grown(self.a, rows), _grown(self.b, rows)
+        start = self._room(rank, growth)
         self.a[start : start + rank].copy_(a)
         self.b[start : start + rank].copy_(b)
-        self._relayout(key, Span(start, rank, scaling))
+        self._take(self.layout.moved(key, Span(start, rank, scaling)))
 
     def remove(self, key: str) -> None:
         """Frees one adapter's rows; they are zeroed, so that nothing of it can be read again."""
@@ -128,15 +192,7 @@ class RankPool(_Rows):
             return
         self.a[span.start : span.start + span.rank].zero_()
         self.b[span.start : span.start + span.rank].zero_()
-        self._relayout(key, None)
-        if self.layout.used <= self.a.shape[0] // 4:
-            self.a = self.a[: self.layout.used].clone()
-            self.b = self.b[: self.layout.used].clone()
-
-    @property
-    def bytes(self) -> int:
-        """What the pool takes, free rows included."""
-        return self.a.nbytes + self.b.nbytes
+        self._left(self.layout.moved(key, None))
 
     def packed(self, rows: slice) -> tuple[Tensor, Tensor] | None:
         """A and B of these rows in oneDNN's layout, packed anew when the pool changed; None where packing is no use.
@@ -155,36 +211,29 @@ class RankPool(_Rows):
             self._packed.move_to_end(span)
         return pair
 
-    def _relayout(self, key: str, span: Span | None) -> None:
-        self.layout = self.layout.moved(key, span)
+    def _take(self, layout: Layout) -> None:
+        super()._take(layout)
         self._packed.clear()
 
 
 class VectorPool(_Rows):
     """One vector for each adapter, in float32: what is added to a factor of 1, or to the output."""
 
-    def __init__(self, features: int, device: torch.device) -> None:
-        super().__init__()
-        self.rows = torch.zeros(0, features, device=device)
+    STORES = ("rows",)
 
-    def place(self, key: str, vector: Tensor) -> None:
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features * torch.float32.itemsize)
+        self.rows = torch.zeros(0, features, dtype=torch.float32, device=device)
+
+    def place(self, key: str, vector: Tensor, *, growth: float = DOUBLING) -> None:
         """Copies one adapter's vector [features] in."""
-        start = self.layout.first_fit(1)
-        if start >= self.rows.shape[0]:
-            self.rows = _grown(self.rows, max(4, 2 * start))
+        start = self._room(1, growth)
         self.rows[start].copy_(vector)
-        self.layout = self.layout.moved(key, Span(start, 1, 1.0))
+        self._take(self.layout.moved(key, Span(start, 1, 1.0)))
 
     def remove(self, key: str) -> None:
         """Frees and zeroes one adapter's row."""
         span = self.spans.get(key)
         if span is not None:
             self.rows[span.start].zero_()
-            self.layout = self.layout.moved(key, None)
-            if self.layout.used <= self.rows.shape[0] // 4:
-                self.rows = self.rows[: self.layout.used].clone()
-
-    @property
-    def bytes(self) -> int:
-        """What the pool takes, free rows included."""
-        return self.rows.nbytes
+            self._left(self.layout.moved(key, None))

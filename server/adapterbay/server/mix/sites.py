@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapterbay.server.adapters.forms import LM_HEAD, Bottleneck, NormForm, ServingForm
+from adapterbay.registry.errors import UnsupportedMethod
+from adapterbay.server.adapters.forms import LM_HEAD, Bottleneck, NormForm, ServingForm, lasting_key
 from adapterbay.server.mix.attention import PromptStore
+from adapterbay.server.mix.axes import TokenAxis
 from adapterbay.server.mix.linear import LinearSite, MixedLinear
 from adapterbay.server.mix.norm import MixedNorm
+from adapterbay.server.mix.pools import DOUBLING
 from adapterbay.server.mix.table import MixedTable
 from adapterbay.server.packed import PackedLinear
 
@@ -30,8 +34,13 @@ class Sites:
     linears: dict[str, MixedLinear] = field(default_factory=dict)
     tables: dict[str, MixedTable] = field(default_factory=dict)
     norms: dict[str, nn.Module] = field(default_factory=dict)
+    token_axes: dict[str, TokenAxis] = field(default_factory=dict)  # of norms: where it is known
+    apart: set[str] = field(default_factory=set)  # linear layers that do not get one vector for each token
     head_name: str | None = None  # what the base itself calls its language-model head
     prompts: PromptStore | None = None
+    growth: float = DOUBLING  # of pools
+    slack_bytes: float = math.inf  # pools whose free rows take more give them back
+    free_bytes: int = 0  # what the free rows of all pools take
     version: int = 0  # another one whenever what is resident has changed
     _mixed_norms: dict[str, MixedNorm] = field(default_factory=dict)
     _norm_users: dict[str, set[str]] = field(default_factory=dict)
@@ -68,6 +77,19 @@ class Sites:
         """(in, out) features of every linear layer."""
         return {path: (layer.in_features, layer.out_features) for path, layer in self.linears.items()}
 
+    def check(self, form: ServingForm) -> None:
+        """Raises UnsupportedMethod for a form that changes a module in which tokens cannot be told apart."""
+        norms = form.norms.keys() | (form.bottlenecks.keys() & self.norms.keys())
+        layers = form.layers.keys() | form.lasting.keys() | form.bottlenecks.keys()
+        strange = sorted((norms - self.token_axes.keys()) | (layers & self.apart))
+        if strange:
+            raise UnsupportedMethod(
+                f"{form.manifest.peft_type} on {strange[0]} is not served (of {len(strange)} such modules): what that "
+                "module of the base gets does not show which token it belongs to, and the adapter would reach other "
+                "texts. Leave it out.",
+                metadata={"peft_type": form.manifest.peft_type, "module": strange[0]},
+            )
+
     def place(self, key: str, form: ServingForm) -> None:
         """Copies one adapter to the device, under `key`."""
         for _ in self.placing(key, form):
@@ -76,16 +98,24 @@ class Sites:
     def placing(self, key: str, form: ServingForm) -> Iterator[int]:
         """The same module by module: each step of the iterator fills one and says how many bytes it wrote there. Nobody
         may use `key` before the end; `remove` takes away what there is of it."""
+        if form.lasts:
+            yield from self.placing(lasting_key(key), form.lasting_part)
+            form = form.activated_part
+        if self.free_bytes > self.slack_bytes:
+            yield from self._trimming()
         for path in form.layers.keys() | (form.bottlenecks.keys() - self.norms.keys()):
             self.version += 1
             layer, own = self.linears[path], form.layers.get(path)
             if layer.site is None:
                 layer.site = LinearSite(layer.in_features, layer.out_features, self.dtype, self.device)
-            pool = layer.site.pool
-            before = pool.bytes
-            layer.site.place(key, own, form.bottlenecks.get(path))
+            pool, free = layer.site.pool, layer.site.free_bytes
+            store, before = pool.a, pool.bytes
+            layer.site.place(key, own, form.bottlenecks.get(path), growth=self.growth)
+            self.free_bytes += layer.site.free_bytes - free
             written = sum(tensor.nbytes for tensor in own.tensors()) if own is not None else 0
-            yield written + (before if pool.bytes > before else 0)  # a pool that grew was copied
+            yield written + (before if pool.a is not store else 0)  # a pool that moved was copied
+            if self.free_bytes > self.slack_bytes:
+                yield from self._trimming()
         for path, table in form.tables.items():
             self.version += 1
             self.tables[path].place(key, table)
@@ -102,11 +132,16 @@ class Sites:
 
     def remove(self, key: str, form: ServingForm) -> None:
         """Takes it away again."""
+        if form.lasts:
+            self.remove(lasting_key(key), form.lasting_part)
+            form = form.activated_part
         self.version += 1
         for path in form.layers.keys() | (form.bottlenecks.keys() - self.norms.keys()):
             site = self.linears[path].site
             if site is not None:
+                free = site.free_bytes
                 site.remove(key)
+                self.free_bytes += site.free_bytes - free
         for path in form.tables:
             self.tables[path].remove(key)
         if self.prompts is not None:
@@ -122,9 +157,19 @@ class Sites:
                 _put(self.backbone, path, self.norms[path])
                 del self._mixed_norms[path], self._norm_users[path]
 
+    def _trimming(self) -> Iterator[int]:
+        """Gives the free rows of all pools back, layer by layer: each step says how many bytes were copied for it."""
+        for site in [layer.site for layer in self.linears.values() if layer.site is not None]:
+            free = site.free_bytes
+            moved = [pool.bytes for pool in site.pools if pool.trim()]
+            if moved:
+                self.version += 1
+                self.free_bytes -= free
+                yield sum(moved)
+
     def _place_norm(self, key: str, path: str, form: NormForm | None, bottleneck: Bottleneck | None) -> None:
         if path not in self._mixed_norms:
-            self._mixed_norms[path] = MixedNorm(self.norms[path], path, self.device)
+            self._mixed_norms[path] = MixedNorm(self.norms[path], path, self.device, self.token_axes[path])
             self._norm_users[path] = set()
             _put(self.backbone, path, self._mixed_norms[path])
         self._mixed_norms[path].place(key, form, bottleneck)
@@ -142,14 +187,6 @@ def is_norm(module: nn.Module) -> bool:
     """Whether it is a normalization layer with parameters: a leaf with one weight vector."""
     weight = module._parameters.get("weight")
     return not list(module.children()) and isinstance(weight, Tensor) and weight.dim() == 1
-
-
-def parameter_shapes(norms: Mapping[str, nn.Module]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shapes of every norm's parameters, by path and name."""
-    return {
-        path: {name: tuple(p.shape) for name, p in norm._parameters.items() if p is not None}
-        for path, norm in norms.items()
-    }
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from adapterbay.registry.errors import (
@@ -22,7 +23,7 @@ from adapterbay.server.services.ports import AdaptersPort
 from adapterbay.server.services.selection import Choice, Selected
 
 OF_ADAPTERS = (BaseMismatch, Corrupted, NoEffect, Rejected, TaskMismatch, UnsupportedMethod, Untrusted)
-"""The errors that are some adapter's fault."""
+"""The errors that are some adapter's fault, unless they say that they are the base's."""
 
 
 def resolve_arm(adapters: AdaptersPort, selected: Selected) -> ArmSpec:
@@ -60,16 +61,25 @@ def _resolve_choice(adapters: AdaptersPort, choice: Choice) -> Part:
 def named(error: AdapterbayError, arms: Iterable[ArmSpec]) -> AdapterbayError:
     """The error with the adapter that it is about by name: in a call with several, nobody else could know which.
 
-    The engine knows contents by their digests; what they are called is the call's business.
+    The engine knows contents by their digests; what they are called is the call's business. Names that mean one content
+    are told together. What is the base's fault (`base_reference` in its metadata) blames no adapter.
     """
-    parts = {f"{part.name}@{part.version}": part for arm in arms for part in arm.parts}
+    names: dict[str, list[str]] = {}
+    for part in (part for arm in arms for part in arm.parts):
+        known = names.setdefault(part.digest, [])
+        if str(part) not in known:
+            known.append(str(part))
+    called = {digest: ", ".join(known) for digest, known in names.items()}
     message = error.message
-    for name, part in parts.items():
-        message = message.replace(part.digest, f"{name} ({part.digest})")
-    if isinstance(error, OF_ADAPTERS) and not any(name in message for name in parts):
-        digest = error.metadata.get("adapter_digest")
-        who = [name for name, part in parts.items() if part.digest == digest] or list(parts)
-        message = f"{' + '.join(who)}: {message}" if who else message
+    if called:
+        digests = re.compile("|".join(map(re.escape, called)))
+        message = digests.sub(lambda found: f"{called[found[0]]} ({found[0]})", message)
+    if isinstance(error, OF_ADAPTERS) and "base_reference" not in error.metadata:
+        told = {name for known in names.values() for name in known}
+        if not any(re.search(rf"(?<![\w./-]){re.escape(name)}(?!\w)", message) for name in told):
+            digest = error.metadata.get("adapter_digest")
+            who = [called[digest]] if digest in called else list(called.values())
+            message = f"{' + '.join(who)}: {message}" if who else message
     return error if message == error.message else error.told(message)
 
 

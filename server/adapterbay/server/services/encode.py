@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from adapterbay.base.text import Tokenizer, encode_conversation, encode_spans, encode_text
 from adapterbay.registry.errors import InvalidArgument
@@ -13,6 +14,8 @@ DEFAULT_MAX_TOKENS = 256
 LONGEST_TOKEN = 256
 """Characters. No vocabulary in use has longer tokens, so a text beyond this for each token need not be tokenized."""
 
+SHORT = 1_000
+"""Characters. What is not longer is tokenized in half a millisecond, which a turn on another thread takes, too."""
 
 Span = tuple[int, int]
 """Where a token lies in a text, [begin, end) in code points."""
@@ -30,7 +33,18 @@ class Encoder:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._max_length = max_length
         self._apart = apart
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def at_once(self, characters: int) -> Iterator[bool]:
+        """Whether texts of so many characters can be encoded inside the block without keeping this thread waiting:
+        they are short, and no other thread encodes meanwhile."""
+        free = characters <= SHORT and self._lock.acquire(blocking=False)
+        try:
+            yield free
+        finally:
+            if free:
+                self._lock.release()
 
     def prompt(self, prompt: str, field: str) -> tuple[int, ...]:
         """Ids of a raw prompt that leaves room for at least one token."""

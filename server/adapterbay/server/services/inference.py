@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol, TypeVar, cast
 
 import grpc.aio
@@ -46,6 +46,7 @@ Req = TypeVar("Req")
 Res = TypeVar("Res")
 Context = grpc.aio.ServicerContext[Req, Res]
 Encoded = TypeVar("Encoded", covariant=True)
+Prepared = TypeVar("Prepared")
 TextResult = TypeVar("TextResult", ClassifyResult, ClassifyTokensResult, EmbedResult)
 
 
@@ -117,9 +118,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Labels texts with the classification head that the adapter brings."""
         with Call(self._engine, context.time_remaining()) as call:
             texts, selected = read_texts(request.texts), read_selection(request)
-            arm, encoded = await asyncio.to_thread(
-                self._encoded, selected, texts, request.truncate, self._encoder.text, labelled=True
-            )
+            arm, encoded = await self._encoded(selected, texts, request.truncate, self._encoder.text, labelled=True)
             tasks = [ClassifyTask(token_ids=ids, truncated=cut) for ids, cut in encoded]
             results, timings = await self._run_texts(call, arm, tasks, ClassifyResult)
         return inference_pb2.ClassifyResponse(
@@ -135,9 +134,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Labels each token of texts with the head that the adapter brings."""
         with Call(self._engine, context.time_remaining()) as call:
             texts, selected = read_texts(request.texts), read_selection(request)
-            arm, encoded = await asyncio.to_thread(
-                self._encoded, selected, texts, request.truncate, self._encoder.spans, labelled=True
-            )
+            arm, encoded = await self._encoded(selected, texts, request.truncate, self._encoder.spans, labelled=True)
             tasks = [ClassifyTokensTask(token_ids=ids, truncated=cut) for ids, _, cut in encoded]
             results, timings = await self._run_texts(call, arm, tasks, ClassifyTokensResult)
         return inference_pb2.ClassifyTokensResponse(
@@ -157,9 +154,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         with Call(self._engine, context.time_remaining()) as call:
             texts = read_texts(request.texts)
             pooling, selected = read_pooling(request.pooling), read_selection(request)
-            arm, encoded = await asyncio.to_thread(
-                self._encoded, selected, texts, request.truncate, self._encoder.text, labelled=False
-            )
+            arm, encoded = await self._encoded(selected, texts, request.truncate, self._encoder.text, labelled=False)
             tasks = [
                 EmbedTask(token_ids=ids, pooling=pooling, normalize=request.normalize, truncated=cut)
                 for ids, cut in encoded
@@ -199,23 +194,39 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 return arm, self._encoder.prompt(request.prompt, "prompt")
             return arm, self._encoder.conversation(conversation, "conversation")
 
-        arm, ids = await asyncio.to_thread(prepare)  # one turn on another thread, for each of them takes its time
+        length = sum(len(message["content"]) for message in conversation) + len(request.prompt)
+        arm, ids = await self._prepared(length, prepare)
         # Whoever asked for no number gets what the engine finds left, virtual tokens counted in.
         self._encoder.new_tokens(len(ids), sampling.max_tokens, "sampling.max_tokens")
         return arm, GenerateTask(prompt_ids=ids, sampling=sampling)
 
-    def _encoded(
+    async def _encoded(
         self, selected: Selected, texts: Sequence[str], truncate: bool, encode: TextEncoder[Encoded], *, labelled: bool
     ) -> tuple[ArmSpec, list[Encoded]]:
-        """The arm, and all texts at once, so that a bad one is refused before anything runs. May block."""
-        arm = resolve_arm(self._engine.adapters, selected)
-        if labelled:
-            require_head(arm)
-        limit_of = text_limit if labelled else text_room
-        limit = limit_of(self._engine.adapters, arm, self._engine.base.max_length)
-        return arm, [
-            encode(text, limit=limit, truncate=truncate, field=f"texts[{index}]") for index, text in enumerate(texts)
-        ]
+        """The arm, and all texts at once, so that a bad one is refused before anything runs."""
+
+        def prepare() -> tuple[ArmSpec, list[Encoded]]:
+            arm = resolve_arm(self._engine.adapters, selected)
+            if labelled:
+                require_head(arm)
+            limit_of = text_limit if labelled else text_room
+            limit = limit_of(self._engine.adapters, arm, self._engine.base.max_length)
+            return arm, [
+                encode(text, limit=limit, truncate=truncate, field=f"texts[{at}]") for at, text in enumerate(texts)
+            ]
+
+        return await self._prepared(sum(map(len, texts)), prepare)
+
+    async def _prepared(self, characters: int, prepare: Callable[[], Prepared]) -> Prepared:
+        """What `prepare` makes of texts of so many characters and of what was selected.
+
+        A read of the index waits for no writer, so short texts are prepared here: the turn on another thread would
+        cost as much as the work. Everything else takes one turn there.
+        """
+        with self._encoder.at_once(characters) as here:
+            if here:
+                return prepare()
+        return await asyncio.to_thread(prepare)
 
     async def _run_texts(
         self, call: Call, arm: ArmSpec, tasks: Sequence[Task], kind: type[TextResult]

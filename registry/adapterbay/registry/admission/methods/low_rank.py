@@ -16,6 +16,7 @@ from adapterbay.registry.admission.methods.fields import (
     Fields,
     dropout,
     fields,
+    harmless,
     obeyed,
     training,
 )
@@ -59,11 +60,8 @@ def rank_of(default: int) -> Callable[[Settings, Place | None], int]:
     return rank
 
 
-_hira_rank = rank_of(32)
-
-
 def _hira(settings: Settings, place: Place) -> Expected:
-    rank = _hira_rank(settings, place)
+    rank = settings.integer("r", 32)
     if place.kind == "embedding":
         return shapes(hira_embedding_A=(rank, place.in_features), hira_embedding_B=(place.out_features, rank))
     return shapes(hira_A=(rank, place.in_features), hira_B=(place.out_features, rank))
@@ -72,12 +70,20 @@ def _hira(settings: Settings, place: Place) -> Expected:
 HIRA: Final = Method(
     "HIRA",
     "HiRA",
-    fields(PLACED, RANKS, FAN, INIT, dropout("hira_dropout")),
+    fields(
+        PLACED,
+        RANK,
+        {"rank_pattern": harmless("PEFT looks a rank up in it, and makes every layer of r", dict)},
+        FAN,
+        INIT,
+        dropout("hira_dropout"),
+    ),
     MATRICES | TABLES,
     ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
     tensors=_hira,
     still=(("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),),
-    rank=_hira_rank,
+    rank=lambda settings, _: settings.integer("r", 32),
+    factors=False,
 )
 
 _delora_rank = rank_of(8)

@@ -41,6 +41,7 @@ LOHA: Final = Method(
     tensors=_loha,
     still=(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),),
     rank=_rank,
+    factors=False,
     scaling=_scaling,
 )
 
@@ -97,5 +98,6 @@ LOKR: Final = Method(
     tensors=_lokr,
     still=(("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),),
     rank=_rank,
+    factors=False,
     scaling=_scaling,
 )

@@ -56,6 +56,10 @@ def _no_rank(_: Settings, __: Place | None) -> int:
     return 0
 
 
+def _nothing_drawn(_: Settings, __: Sequence[Place]) -> int:
+    return 0
+
+
 def _no_shared(_: Settings, __: Base, ___: Sequence[Place]) -> Expected:
     return {}
 
@@ -79,6 +83,9 @@ class Method:
     A site changes nothing if every group of `still` has a tensor at its neutral value: all zero, or the number in
     `neutral`. A group's tensors are factors of one product, of which `scaling` is a factor as well. No group: the
     tensors alone do not tell. `still_shared`: the adapter changes nothing if one of these is all zero.
+
+    `factors`: `rank` is that of factors which every layer is served with. `drawn`: how many values PEFT draws from a
+    seed that the checkpoint holds in their place.
     """
 
     peft_type: str
@@ -93,6 +100,8 @@ class Method:
     neutral: Mapping[str, float] = field(default_factory=dict)
     still_shared: tuple[str, ...] = ()
     rank: Callable[[Settings, Place | None], int] = _no_rank
+    factors: bool = True
+    drawn: Callable[[Settings, Sequence[Place]], int] = _nothing_drawn
     scaling: Callable[[Settings, Place], float] = _one
     check: Callable[[Settings], None] = _nothing
     verify: Callable[[Settings, Place, Mapping[str, tuple[int, ...]]], None] = _fits

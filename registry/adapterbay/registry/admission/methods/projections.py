@@ -46,6 +46,11 @@ def _widest(places: Sequence[Place]) -> tuple[int, int]:
     return max((p.out_features for p in places), default=0), max((p.in_features for p in places), default=0)
 
 
+def _drawn(settings: Settings, places: Sequence[Place]) -> int:
+    """The values of both projections, which all layers share: r is 1024 in VeRA's paper, whatever the layers' sizes."""
+    return settings.integer("r", 256) * sum(_widest(places))
+
+
 def _vera(settings: Settings, place: Place) -> Expected:
     return shapes(vera_lambda_b=(place.out_features,), vera_lambda_d=(settings.integer("r", 256),))
 
@@ -68,6 +73,8 @@ VERA: Final = Method(
     still=(("vera_lambda_b", "vera_lambda_d"),),
     still_shared=("vera_A", "vera_B"),
     rank=lambda settings, _: settings.integer("r", 256),
+    factors=False,
+    drawn=_drawn,
 )
 
 
@@ -103,6 +110,8 @@ PVERA: Final = Method(
     still=(("pvera_lambda_b", "pvera_lambda_d"),),
     still_shared=("pvera_A", "pvera_B"),
     rank=lambda settings, _: settings.integer("r", 256),
+    factors=False,
+    drawn=_drawn,
 )
 
 
