@@ -284,7 +284,8 @@ def test_a_signature_that_comes_later(hub: Hub, llama: Tiny, tmp_path: Path) -> 
 
     keys = make_keys(tmp_path, "one")
     store = Registry.open(hub.store)
-    store.push(llama.adapter, "team/signed")
+    adapter = new_weights(llama.adapter, tmp_path / "signed", 77)  # a signature goes with the content, in any name
+    store.push(adapter, "team/signed")
     api = hub.api()
     unsigned = api.model_info("team/signed").sha
     snapshot = store.snapshot("team/signed")
@@ -295,7 +296,7 @@ def test_a_signature_that_comes_later(hub: Hub, llama: Tiny, tmp_path: Path) -> 
     assert "adapterbay/model.sig" not in api.list_repo_files("team/signed", revision=unsigned)
 
     api.create_repo("team/signed-there")
-    api.upload_folder(repo_id="team/signed-there", folder_path=llama.adapter)
+    api.upload_folder(repo_id="team/signed-there", folder_path=adapter)
     api.upload_file(repo_id="team/signed-there", path_in_repo="adapterbay/model.sig", path_or_fileobj=bundle)
     assert [record.version for record in store.versions("team/signed-there")] == [1]
     resolved = store.resolve("team/signed-there")
