@@ -285,6 +285,8 @@ def test_what_is_made_before_a_call_names_it_too(
         ("host:65536", "is not HOST:PORT"),
         ("::1", "such as 127.0.0.1:50051 or [::1]:50051"),
         (" host:1", "holds a space"),
+        ("my host:1", "holds a space"),
+        ("unix:/run/a\tb", "holds a space or a control character"),
         ("host:1\n", "holds a space or a control character"),
         ("h\udcffst:1", "holds a space or a control character"),
     ],
@@ -296,7 +298,16 @@ def test_an_address_that_grpc_would_misread(address: str, words: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["host:1", "[::1]:50051", "dns:1", "dns:///host:1", "unix:/run/a", "unix:///run/a", "ipv4:1.2.3.4:5,1.2.3.5:5"],
+    [
+        "host:1",
+        "[::1]:50051",
+        "dns:1",
+        "dns:///host:1",
+        "unix:/run/a",
+        "unix:///run/a",
+        "unix:/run/my dir/s.sock",
+        "ipv4:1.2.3.4:5,1.2.3.5:5",
+    ],
 )
 def test_addresses_of_grpcs_own_pass(address: str) -> None:
     assert checked(address) == address

@@ -79,6 +79,26 @@ def intact(sites: Sites, resident: Resident) -> bool:
     return True
 
 
+def test_free_rows_are_counted_when_an_adapter_is_placed_in_part(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    path, (wide, out) = next((path, shape) for path, shape in sites.shapes().items() if path.endswith("q_proj"))
+    layer = LinearForm(LowRank(torch.ones(4, wide), torch.ones(4, out), 1.0), out_scale=torch.ones(out))
+    form = ServingForm("digest", None, layers={path: layer})  # type: ignore[arg-type]
+    sites.growth = 2.0
+    for key in "ab":
+        sites.place(key, form)
+    with monkeypatch.context() as patch:
+        patch.setattr(VectorPool, "place", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            sites.place("c", form)
+    assert sites.free_bytes == sum(site.free_bytes for site in made(sites)) > 0
+    for key in "abc":
+        sites.remove(key, form)
+    assert held(sites) == sites.free_bytes == 0
+
+
 @pytest.mark.parametrize("ranks", [(4,), (1, 4, 9)])
 def test_free_rows_take_a_quarter_of_the_budget_at_most(sites: Sites, ranks: tuple[int, ...]) -> None:
     rng = random.Random(5)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_tools import Harness, held
@@ -12,6 +14,8 @@ from zoo import Zoo
 
 from adapterbay.registry import Registry
 from adapterbay.registry.errors import Cancelled, DeadlineExceeded, EngineFault, Unavailable
+from adapterbay.registry.fusing import FusionSettings
+from adapterbay.server.adapters.residency import Resident
 from adapterbay.server.requests import GenerateTask, SamplingSpec
 
 PROMPT = [30, 31, 32, 33]
@@ -118,6 +122,49 @@ def test_arms_that_run_together_go_beyond_the_budget_together(two: Harness) -> N
     two.engine.submit([request for _, request in asked])
     for answer, _ in asked:
         answer.wait(20)
+
+
+def test_a_refused_request_has_the_engine_look_again(two: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When nothing of it is held any more: what it held may have been all that others waited for."""
+    first, second = (digest(two, name) for name in ("m0", "m1"))
+    adapters, hold, held_then = two.engine.adapters, two.engine.adapters.hold, []
+
+    def refuse(key: str, *others: Any) -> Resident:
+        if key == second:
+            raise Unavailable("no")
+        return hold(key, *others)
+
+    def post(_: object) -> None:
+        held_then.append(adapters.residency(first).active_rows)
+
+    task = GenerateTask(tuple(PROMPT), SamplingSpec(max_tokens=2))
+    asked = [two.request(name, task)[1] for name in ("m0", "m1")]
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "hold", refuse)
+        patch.setattr(two.engine._loop, "post", post)
+        with pytest.raises(Unavailable):
+            two.engine.submit(asked)
+    assert held_then == [0]
+
+
+def test_files_are_looked_at_once_and_by_nobody_who_has_others_wait(
+    two: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters, looks = two.engine.adapters, []
+    paths, path = type(adapters.registry.blobs), type(adapters.registry.blobs).path
+
+    def looked_at(*blob: Any) -> Path:
+        if threading.current_thread() is threading.main_thread():
+            looks.append(adapters._fusing.locked())
+        return path(*blob)
+
+    arms = [two.fused({"m0": 1.0, "m1": weight}, FusionSettings("cat")) for weight in (0.5, 1.0)]
+    for name in ("m0", "m1"):
+        adapters.check_base(digest(two, name))  # the manifests are known
+    monkeypatch.setattr(paths, "path", looked_at)
+    for arm in arms:
+        two.generate(arm, PROMPT, 2).wait()
+    assert looks == [False, False]
 
 
 def test_an_engine_that_stopped_keeps_nobody_waiting(two: Harness, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from adapterbay.server.services.encode import SHORT, Encoder
+from adapterbay.server.services.encode import SHORT, TEMPLATE, Encoder
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def busy(encoder: Encoder) -> Iterator[None]:
     begun, ended = threading.Event(), threading.Event()
 
     def encode() -> None:
-        with encoder.at_once(0) as here:
+        with encoder.at_once([]) as here:
             assert here
             begun.set()
             ended.wait(20)
@@ -37,21 +37,25 @@ def busy(encoder: Encoder) -> Iterator[None]:
         thread.join()
 
 
-@pytest.mark.parametrize(("characters", "here"), [(0, True), (SHORT, True), (SHORT + 1, False)])
-def test_only_short_texts_are_encoded_at_once(encoder: Encoder, characters: int, here: bool) -> None:
-    with encoder.at_once(characters) as told:
+@pytest.mark.parametrize(
+    ("texts", "here"),
+    [([], True), (["a" * (SHORT - TEMPLATE)], True), (["a" * SHORT], False), (["a"] * (SHORT // TEMPLATE), False)],
+    ids=["none", "short", "long", "many"],
+)
+def test_only_few_short_texts_are_encoded_at_once(encoder: Encoder, texts: list[str], here: bool) -> None:
+    with encoder.at_once(texts) as told:
         assert told is here
 
 
 def test_nobody_waits_for_another_threads_text(encoder: Encoder) -> None:
-    with busy(encoder), encoder.at_once(1) as here:
+    with busy(encoder), encoder.at_once(["a"]) as here:
         assert not here
-    with encoder.at_once(1) as here:
+    with encoder.at_once(["a"]) as here:
         assert here
 
 
 def test_a_failure_inside_frees_the_encoder(encoder: Encoder) -> None:
-    with pytest.raises(RuntimeError), encoder.at_once(1):
+    with pytest.raises(RuntimeError), encoder.at_once(["a"]):
         raise RuntimeError
     with busy(encoder):
         pass

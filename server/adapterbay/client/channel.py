@@ -40,10 +40,11 @@ def checked(address: str, credentials: grpc.ChannelCredentials | None = None) ->
         raise TypeError(f"credentials takes a grpc.ChannelCredentials, not {shown(credentials)}.")
     if not address.strip():
         raise RequestError("The server's address is empty; give HOST:PORT.")
-    if not address.isprintable() or " " in address:
-        raise RequestError(f"address {shown(address)} holds a space or a control character; give HOST:PORT.")
     found = _SCHEME.match(address)
-    if found is not None and found["scheme"] in _SCHEMES:
+    known = found is not None and found["scheme"] in _SCHEMES
+    if not address.isprintable() or (" " in address and not known):  # a socket's path may hold spaces
+        raise RequestError(f"address {shown(address)} holds a space or a control character; give HOST:PORT.")
+    if known:
         if address.endswith("/"):
             raise RequestError(f"address {shown(address)} ends with a slash; leave it out.")
         return address

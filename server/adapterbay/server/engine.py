@@ -198,6 +198,7 @@ class Engine:
                     row.residents = tuple(held)
         except Exception:
             with ExitStack() as ending:
+                ending.callback(self._loop.post, lambda: None)  # it may have been stuck while these rows held adapters
                 for row in group.rows:
                     ending.callback(self._left, row)
             raise

@@ -44,6 +44,21 @@ class Index:
                 self._give(connection)
 
     @contextmanager
+    def read_at_once(self) -> Iterator[sqlite3.Connection | None]:
+        """A connection whose reads raise sqlite3.OperationalError instead of waiting; None if none is open and idle."""
+        with self._lock:
+            connection = self._idle.pop() if self._idle and self._pid == os.getpid() else None
+        if connection is None:
+            yield None
+            return
+        try:
+            connection.execute("PRAGMA busy_timeout = 0")
+            yield connection
+        finally:
+            connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
+            self._give(connection)
+
+    @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
         """A transaction that holds the registry's write lock; committed at the end, rolled back on any error."""
         with self.read() as connection:

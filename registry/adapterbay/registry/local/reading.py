@@ -65,6 +65,22 @@ class Reader:
                 raise _unknown(db, parsed)
         return Resolved(str(parsed), parsed.name, *found)
 
+    def resolve_at_once(self, reference: str) -> Resolved | None:
+        """What a reference means now if that can be told without waiting for anybody: for callers that must not block,
+        such as an event loop. None leaves it to `resolve`: nothing is found, or the index cannot be read now."""
+        try:
+            parsed = parse_reference(reference)
+        except InvalidReference:
+            return None
+        if isinstance(parsed, HubReference):
+            return None
+        try:
+            with self.index.read_at_once() as db:
+                found = None if db is None else _find(db, parsed)
+        except sqlite3.Error:
+            return None
+        return None if found is None else Resolved(str(parsed), parsed.name, *found)
+
     def manifest(self, digest: str) -> Manifest:
         """The manifest with this digest, read and checked. Raises NotFound (also for a deleted one) or Corrupted."""
         self._check_known(digest)

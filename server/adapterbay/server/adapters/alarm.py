@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 
 class Alarm:
@@ -22,12 +25,16 @@ class Alarm:
         with self._lock:
             if self._closed or (self._timer is not None and self._at <= moment):
                 return
+            timer = threading.Timer(max(moment - time.monotonic(), 0.0) + 0.001, self._ring)
+            timer.daemon = True
+            try:
+                timer.start()
+            except RuntimeError:  # no thread can be had; a later one that is set stays, and the next to ask tries again
+                log.exception("an alarm could not be set")
+                return
             if self._timer is not None:
                 self._timer.cancel()
-            self._at = moment
-            self._timer = threading.Timer(max(moment - time.monotonic(), 0.0) + 0.001, self._ring)
-            self._timer.daemon = True
-            self._timer.start()
+            self._timer, self._at = timer, moment
 
     def close(self) -> None:
         """No call begins any more."""

@@ -14,6 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from adapterbay.registry.errors import AdapterbayError, EngineFault
+from adapterbay.server.adapters.forms import ServingForm
+
 _making = threading.Lock()
 
 
@@ -31,6 +34,18 @@ def loading_threads(count: int) -> ThreadPoolExecutor:
         setting_back.start()
         setting_back.join()
     return executor
+
+
+def attempted(load: Callable[[str], ServingForm], digest: str) -> ServingForm | AdapterbayError:
+    """The form, or what went wrong."""
+    try:
+        return load(digest)
+    except AdapterbayError as error:
+        return error
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the rows that wait must hear of it
+        fault = EngineFault(f"Loading {digest} failed: {error!r}")
+        fault.__cause__ = error
+        return fault
 
 
 def beside(executor: ThreadPoolExecutor, work: Callable[[], None]) -> Callable[[], None]:

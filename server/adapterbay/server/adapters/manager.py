@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from adapterbay.registry import Registry, Resolved
@@ -47,6 +47,7 @@ class AdapterManager:
         self._fused: dict[str, ArmSpec] = {}  # by digest, how each derived adapter is made
         self._most_fused = FUSED_RECIPES
         self.manifest = lru_cache(maxsize=4096)(registry.manifest)
+        self._header_bytes = lru_cache(maxsize=4096)(partial(_header_bytes, registry))
         self.memory = HostMemory(
             self._load,
             self._size_of,
@@ -60,6 +61,10 @@ class AdapterManager:
         """What a reference means now; see `Registry.resolve`."""
         return self.registry.resolve(reference)
 
+    def resolve_at_once(self, reference: str) -> Resolved | None:
+        """See `Registry.resolve_at_once`."""
+        return self.registry.resolve_at_once(reference)
+
     def load(self, digest: str) -> Future[float]:
         """Begins to load; see `HostMemory.load`."""
         self.check_base(digest)
@@ -69,6 +74,8 @@ class AdapterManager:
         """What computes a row of `arm` under this digest, one of its key's; see `HostMemory.hold`."""
         if arm.fusion is None:
             return self.memory.hold(digest, claim)
+        for part in arm.parts:
+            self._size_of(part.digest)  # files are looked at before others have to wait; the sizes are kept
         with self._fusing:
             self._fused[digest] = arm
             resident = self.memory.hold(digest, claim)
@@ -132,8 +139,7 @@ class AdapterManager:
     def _tensor_bytes(self, file: FileEntry) -> int:
         """A file without its header, which may be larger than the tensors of a small adapter."""
         try:
-            with self.registry.blobs.path(file.digest).open("rb") as opened:
-                header = 8 + int.from_bytes(opened.read(8), "little")
+            header = self._header_bytes(file.digest)
         except OSError:  # the load will say so
             header = 0
         return file.size - header if header < file.size else file.size
@@ -181,6 +187,12 @@ class AdapterManager:
                 "what they change lies in the encoder and in the decoder."
             )
         return form
+
+
+def _header_bytes(registry: Registry, digest: str) -> int:
+    """What stands before the tensors of a safetensors file. Raises OSError."""
+    with registry.blobs.path(digest).open("rb") as opened:
+        return 8 + int.from_bytes(opened.read(8), "little")
 
 
 def _sum_of(futures: Sequence[Future[int]]) -> Future[int]:

@@ -24,7 +24,7 @@ from adapterbay.server.adapters.alarm import Alarm
 from adapterbay.server.adapters.claims import Claim
 from adapterbay.server.adapters.events import Listeners
 from adapterbay.server.adapters.forms import ServingForm
-from adapterbay.server.adapters.loaders import beside, loading_threads
+from adapterbay.server.adapters.loaders import attempted, beside, loading_threads
 from adapterbay.server.adapters.memory_books import FILES_FOR_FORM, Books, Turn, beside_pins, too_large
 from adapterbay.server.adapters.residency import ResidencyInfo, Resident
 from adapterbay.server.adapters.tally import HostCounts, HostTally
@@ -43,7 +43,7 @@ class HostMemory:
     """Loaded adapters by digest. Thread-safe. The budget is kept as `Books` says.
 
     There is one lock. It guards the books, the residents and the claims, and is not taken twice: methods with a leading
-    underscore are called under it, but for `_expected`, `_run_load`, `_read` and `_look`. Nobody else's code runs under
+    underscore are called under it, but for `_expected`, `_run_load` and `_look`. Nobody else's code runs under
     it: the registry is asked for sizes before, and whom a change concerns (futures, listeners, `vacate`, `wake`) is
     told by `_change` behind it. A form is read without it: it never changes, and goes when nobody holds its resident.
     """
@@ -109,9 +109,9 @@ class HostMemory:
             claim.residents.remove(resident)
             if resident.claims:
                 return
-            if resident.queued and not resident.pinned and (resident.leaving is not None or not resident.asked):
+            if resident.queued and not resident.wanted:
                 self.books.dequeue(resident)
-                self._give_up(resident, Unavailable("Nobody waits for this load any more."))
+                self._give_up(resident, _unwanted())
             elif resident.leaving is not None and resident.form is not None:
                 self._leave(resident)
 
@@ -235,8 +235,10 @@ class HostMemory:
                 try:
                     yield
                 finally:
-                    self._settle(stuck=stuck)
-                    news, self._news = self._news, news
+                    try:
+                        self._settle(stuck=stuck)
+                    finally:
+                        news, self._news = self._news, news
         finally:
             for tell in news:
                 try:
@@ -299,34 +301,25 @@ class HostMemory:
         return resident
 
     def _run_load(self, resident: Resident) -> None:
-        """On a loading thread."""
+        """On a loading thread. Whatever goes wrong, `loading` is answered: nobody looks at what the executor has."""
         began = time.monotonic()
-        form = self._read(resident.digest)
+        form = _stopping() if self._closed else attempted(self._load, resident.digest)
         seconds = time.monotonic() - began
         if isinstance(form, AdapterbayError):
             for error in (form, form.__cause__):
                 traceback.clear_frames(error.__traceback__ if error is not None else None)  # they hold its files
         with self._change():
             self.books.loads -= 1
-            if isinstance(form, AdapterbayError):
-                self._failed(resident, form)
-            else:
-                self._loaded(resident, form, seconds)
+            try:
+                if isinstance(form, AdapterbayError):
+                    self._failed(resident, form)
+                else:
+                    self._loaded(resident, form, seconds)
+            except BaseException as mistake:
+                log.exception("a loaded adapter could not be taken in")
+                self._failed(resident, EngineFault(f"Loading {resident.digest} failed: {mistake!r}"))
             if not self.books.loads and any(each.claims for each in self.books.queue):
                 self._news.append(self._wake)
-
-    def _read(self, digest: str) -> ServingForm | AdapterbayError:
-        """Without the lock. The form, or what went wrong."""
-        if self._closed:
-            return _stopping()
-        try:
-            return self._load(digest)
-        except AdapterbayError as error:
-            return error
-        except Exception as error:  # noqa: BLE001 - whatever it is, the rows that wait must hear of it
-            fault = EngineFault(f"Loading {digest} failed: {error!r}")
-            fault.__cause__ = error
-            return fault
 
     def _loaded(self, resident: Resident, form: ServingForm, seconds: float) -> None:
         digest, size, budget = resident.digest, form.bytes, self.books.budget
@@ -338,7 +331,7 @@ class HostMemory:
             self._failed(resident, too_large(digest, size, budget))
             return
         turn = Turn()
-        stays = self.books.loaded(resident, size, turn)
+        stays = self.books.loaded(resident, size, turn, time.monotonic())
         self._follow(turn)
         if stays:
             resident.form = form
@@ -347,9 +340,9 @@ class HostMemory:
             self._news.append(partial(resident.loading.set_result, seconds))
             if resident.leaving is not None and not resident.claims:
                 self._leave(resident)
-        elif resident.queued and resident.leaving is not None and not resident.claims:
+        elif resident.queued and (self._closed or not resident.wanted):
             self.books.dequeue(resident)
-            self._give_up(resident, Unavailable("The adapter was unloaded while it loaded."))
+            self._give_up(resident, _stopping() if self._closed else _unwanted())
 
     def _failed(self, resident: Resident, error: AdapterbayError) -> None:
         self.books.gone(resident)
@@ -397,3 +390,7 @@ class HostMemory:
 
 def _stopping() -> Unavailable:
     return Unavailable("The server is stopping.")
+
+
+def _unwanted() -> Unavailable:
+    return Unavailable("Nobody waits for this load any more.")

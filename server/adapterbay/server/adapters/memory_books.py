@@ -64,8 +64,8 @@ class Books:
         return self.taken > self.budget and any(r.claims for r in self.queue)
 
     def enqueue(self, resident: Resident, now: float, *, first: bool = False) -> None:
-        """A resident waits for room, from `now` on or, if it waits again, as before."""
-        resident.queued, resident.queued_at = True, resident.queued_at or now
+        """A resident waits for room from `now` on; when it was loaded and waits again, too."""
+        resident.queued, resident.queued_at = True, now
         self.queue.insert(0 if first else len(self.queue), resident)
 
     def dequeue(self, resident: Resident) -> None:
@@ -73,7 +73,7 @@ class Books:
         self.queue.remove(resident)
         resident.queued = False
 
-    def loaded(self, resident: Resident, size: int, turn: Turn) -> bool:
+    def loaded(self, resident: Resident, size: int, turn: Turn, now: float) -> bool:
         """A form is there, and its size is known. False when it cannot stay: it is larger than expected and waits again
         for others to give way, or it is refused. A pin that does not fit beside the others is undone."""
         larger = size > resident.size
@@ -91,7 +91,7 @@ class Books:
         going = self._least_recent(self.taken - self.vacating - self.budget)
         if going is None:
             self.taken -= size
-            self.enqueue(resident, 0, first=True)
+            self.enqueue(resident, now, first=True)
             return False
         turn.evict += self._evict(going)
         return True
@@ -146,8 +146,10 @@ class Books:
                     kept = True
             elif never:
                 self._refuse(resident, beside_pins("loaded", resident.digest, others, self.budget, resident.size), turn)
+                pinned = others
             elif waited >= self.beyond_seconds:
                 self._refuse(resident, _no_room(resident, self.budget), turn)
+                pinned = others
 
     def due(self, now: float) -> float | None:
         """When time alone may change something, as `now` counts; None if it cannot."""

@@ -58,6 +58,11 @@ class Resident:
         return len(self.claims)
 
     @property
+    def wanted(self) -> bool:
+        """Whether somebody wants it loaded."""
+        return bool(self.claims) or (self.leaving is None and (self.pinned or self.asked))
+
+    @property
     def idle(self) -> bool:
         """Whether it may give way."""
         return self.form is not None and not self.claims and not self.pinned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -108,10 +109,10 @@ class Sites:
             layer, own = self.linears[path], form.layers.get(path)
             if layer.site is None:
                 layer.site = LinearSite(layer.in_features, layer.out_features, self.dtype, self.device)
-            pool, free = layer.site.pool, layer.site.free_bytes
+            pool = layer.site.pool
             store, before = pool.a, pool.bytes
-            layer.site.place(key, own, form.bottlenecks.get(path), growth=self.growth)
-            self.free_bytes += layer.site.free_bytes - free
+            with self._counted(layer.site):
+                layer.site.place(key, own, form.bottlenecks.get(path), growth=self.growth)
             written = sum(tensor.nbytes for tensor in own.tensors()) if own is not None else 0
             yield written + (before if pool.a is not store else 0)  # a pool that moved was copied
             if self.free_bytes > self.slack_bytes:
@@ -139,9 +140,8 @@ class Sites:
         for path in form.layers.keys() | (form.bottlenecks.keys() - self.norms.keys()):
             site = self.linears[path].site
             if site is not None:
-                free = site.free_bytes
-                site.remove(key)
-                self.free_bytes += site.free_bytes - free
+                with self._counted(site):
+                    site.remove(key)
         for path in form.tables:
             self.tables[path].remove(key)
         if self.prompts is not None:
@@ -160,12 +160,20 @@ class Sites:
     def _trimming(self) -> Iterator[int]:
         """Gives the free rows of all pools back, layer by layer: each step says how many bytes were copied for it."""
         for site in [layer.site for layer in self.linears.values() if layer.site is not None]:
-            free = site.free_bytes
-            moved = [pool.bytes for pool in site.pools if pool.trim()]
+            with self._counted(site):
+                moved = [pool.bytes for pool in site.pools if pool.trim()]
             if moved:
                 self.version += 1
-                self.free_bytes -= free
                 yield sum(moved)
+
+    @contextmanager
+    def _counted(self, site: LinearSite) -> Iterator[None]:
+        """Keeps `free_bytes` right, also when only some of the site's pools have changed before an error."""
+        free = site.free_bytes
+        try:
+            yield
+        finally:
+            self.free_bytes += site.free_bytes - free
 
     def _place_norm(self, key: str, path: str, form: NormForm | None, bottleneck: Bottleneck | None) -> None:
         if path not in self._mixed_norms:

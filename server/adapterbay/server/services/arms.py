@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from adapterbay.registry import Resolved
 from adapterbay.registry.errors import (
     AdapterbayError,
     BaseMismatch,
@@ -28,34 +29,49 @@ OF_ADAPTERS = (BaseMismatch, Corrupted, NoEffect, Rejected, TaskMismatch, Unsupp
 
 def resolve_arm(adapters: AdaptersPort, selected: Selected) -> ArmSpec:
     """The arm that a selection means now. May block. Errors name the field that named the adapter."""
-    parts: list[Part] = []
+    return _arm(selected, [_resolve_choice(adapters, choice) for choice in selected.choices])
+
+
+def arm_at_once(adapters: AdaptersPort, selected: Selected) -> ArmSpec | None:
+    """The same if that can be told without waiting; None leaves it to `resolve_arm`, as for names that nobody has."""
+    found = []
     for choice in selected.choices:
-        part = _resolve_choice(adapters, choice)
-        if any(other.digest == part.digest for other in parts):
+        resolved = adapters.resolve_at_once(choice.reference)
+        if resolved is None:
+            return None
+        found.append(resolved)
+    return _arm(selected, found)
+
+
+def _arm(selected: Selected, found: Iterable[Resolved]) -> ArmSpec:
+    parts: list[Part] = []
+    for choice, resolved in zip(selected.choices, found, strict=True):
+        if any(other.digest == resolved.digest for other in parts):
             raise InvalidArgument(
-                f"{choice.reference!r} is {part.name}@{part.version}, which is in the fusion already.",
+                f"{choice.reference!r} is {resolved.name}@{resolved.version}, which is in the fusion already.",
                 field=choice.field,
             )
-        parts.append(part)
+        parts.append(
+            Part(
+                reference=choice.reference,
+                name=resolved.name,
+                version=resolved.version,
+                digest=resolved.digest,
+                weight=choice.weight,
+                layer_weights=choice.layer_weights,
+            )
+        )
     return ArmSpec(tuple(parts), selected.fusion)
 
 
-def _resolve_choice(adapters: AdaptersPort, choice: Choice) -> Part:
+def _resolve_choice(adapters: AdaptersPort, choice: Choice) -> Resolved:
     try:
-        resolved = adapters.resolve(choice.reference)
+        return adapters.resolve(choice.reference)
     except InvalidReference as error:
         raise InvalidReference(error.message, field=choice.field, reason=error.reason) from error
     except NotFound as error:
         error.metadata.setdefault("field", choice.field)
         raise
-    return Part(
-        reference=choice.reference,
-        name=resolved.name,
-        version=resolved.version,
-        digest=resolved.digest,
-        weight=choice.weight,
-        layer_weights=choice.layer_weights,
-    )
 
 
 def named(error: AdapterbayError, arms: Iterable[ArmSpec]) -> AdapterbayError:

@@ -16,6 +16,8 @@ LONGEST_TOKEN = 256
 
 SHORT = 1_000
 """Characters. What is not longer is tokenized in half a millisecond, which a turn on another thread takes, too."""
+TEMPLATE = 50
+"""Characters that a chat template puts around a message, about."""
 
 Span = tuple[int, int]
 """Where a token lies in a text, [begin, end) in code points."""
@@ -36,10 +38,11 @@ class Encoder:
         self._lock = threading.RLock()
 
     @contextmanager
-    def at_once(self, characters: int) -> Iterator[bool]:
-        """Whether texts of so many characters can be encoded inside the block without keeping this thread waiting:
-        they are short, and no other thread encodes meanwhile."""
-        free = characters <= SHORT and self._lock.acquire(blocking=False)
+    def at_once(self, texts: Sequence[str]) -> Iterator[bool]:
+        """Whether texts can be encoded together inside the block without keeping this thread waiting: they are few and
+        short, and no other thread encodes meanwhile."""
+        short = sum(len(text) + TEMPLATE for text in texts) <= SHORT
+        free = short and self._lock.acquire(blocking=False)
         try:
             yield free
         finally:

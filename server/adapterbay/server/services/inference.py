@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol, TypeVar, cast
 
 import grpc.aio
@@ -26,7 +26,7 @@ from adapterbay.server.requests import (
     Timings,
 )
 from adapterbay.server.services import messages
-from adapterbay.server.services.arms import require_head, resolve_arm, text_limit, text_room
+from adapterbay.server.services.arms import arm_at_once, require_head, resolve_arm, text_limit, text_room
 from adapterbay.server.services.calls import Call, run_groups
 from adapterbay.server.services.comparison import compare
 from adapterbay.server.services.encode import Encoder
@@ -46,7 +46,6 @@ Req = TypeVar("Req")
 Res = TypeVar("Res")
 Context = grpc.aio.ServicerContext[Req, Res]
 Encoded = TypeVar("Encoded", covariant=True)
-Prepared = TypeVar("Prepared")
 TextResult = TypeVar("TextResult", ClassifyResult, ClassifyTokensResult, EmbedResult)
 
 
@@ -188,14 +187,20 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         conversation = read_conversation(request.conversation, "conversation") if which == "conversation" else []
         require_generator(self._engine)
 
-        def prepare() -> tuple[ArmSpec, tuple[int, ...]]:
-            arm = resolve_arm(self._engine.adapters, selected)
+        def encode() -> tuple[int, ...]:
             if which == "prompt":
-                return arm, self._encoder.prompt(request.prompt, "prompt")
-            return arm, self._encoder.conversation(conversation, "conversation")
+                return self._encoder.prompt(request.prompt, "prompt")
+            return self._encoder.conversation(conversation, "conversation")
 
-        length = sum(len(message["content"]) for message in conversation) + len(request.prompt)
-        arm, ids = await self._prepared(length, prepare)
+        def prepare() -> tuple[ArmSpec, tuple[int, ...]]:
+            return resolve_arm(self._engine.adapters, selected), encode()
+
+        with self._encoder.at_once([request.prompt, *(message["content"] for message in conversation)]) as here:
+            known = arm_at_once(self._engine.adapters, selected) if here else None
+            prepared = None if known is None else (known, encode())
+        if prepared is None:
+            prepared = await asyncio.to_thread(prepare)
+        arm, ids = prepared
         # Whoever asked for no number gets what the engine finds left, virtual tokens counted in.
         self._encoder.new_tokens(len(ids), sampling.max_tokens, "sampling.max_tokens")
         return arm, GenerateTask(prompt_ids=ids, sampling=sampling)
@@ -215,17 +220,6 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 encode(text, limit=limit, truncate=truncate, field=f"texts[{at}]") for at, text in enumerate(texts)
             ]
 
-        return await self._prepared(sum(map(len, texts)), prepare)
-
-    async def _prepared(self, characters: int, prepare: Callable[[], Prepared]) -> Prepared:
-        """What `prepare` makes of texts of so many characters and of what was selected.
-
-        A read of the index waits for no writer, so short texts are prepared here: the turn on another thread would
-        cost as much as the work. Everything else takes one turn there.
-        """
-        with self._encoder.at_once(characters) as here:
-            if here:
-                return prepare()
         return await asyncio.to_thread(prepare)
 
     async def _run_texts(

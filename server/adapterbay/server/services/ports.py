@@ -87,6 +87,9 @@ class AdaptersPort(Protocol):
     def resolve(self, reference: str) -> Resolved:
         """What a reference means now. Raises NotFound with near names. May block."""
 
+    def resolve_at_once(self, reference: str) -> Resolved | None:
+        """The same; None where it would have to wait, or raise."""
+
     def manifest(self, digest: str) -> Manifest:
         """The manifest of a version, kept once it was read. Raises NotFound or Corrupted. May block."""
 
