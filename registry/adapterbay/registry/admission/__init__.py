@@ -52,7 +52,14 @@ from adapterbay.registry.admission.report import (
     Matched,
     TrainedTokens,
 )
-from adapterbay.registry.admission.safetensors_file import Header, open_source, read_header, refuse_other_formats
+from adapterbay.registry.admission.safetensors_file import (
+    Header,
+    Source,
+    complete,
+    open_source,
+    read_header,
+    refuse_other_formats,
+)
 from adapterbay.registry.admission.values import check_values
 from adapterbay.registry.errors import NoEffect, Rejected
 from adapterbay.registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, inside_path
@@ -92,7 +99,7 @@ class Limits:
 
 
 def admit(
-    files: Mapping[str, Path | bytes],
+    files: Mapping[str, Source],
     base_shapes: Mapping[str, tuple[int, ...]],
     *,
     base_config: Mapping[str, Any],
@@ -138,7 +145,7 @@ def admit(
     )
 
 
-def understand(files: Mapping[str, Path | bytes], limits: Limits) -> tuple[dict[str, Any], Method, Header]:
+def understand(files: Mapping[str, Source], limits: Limits) -> tuple[dict[str, Any], Method, Header]:
     """What can be checked without the base: the kinds of the files, the settings, the header of the tensors.
 
     Raises Rejected, UnsupportedMethod or NoEffect.
@@ -154,7 +161,7 @@ def understand(files: Mapping[str, Path | bytes], limits: Limits) -> tuple[dict[
             raise Rejected(
                 f"{required} is missing: it is not a folder that PEFT's save_pretrained wrote.", reason="MISSING_FILE"
             )
-    config = read_document(files[CONFIG_FILE], CONFIG_FILE, limits.document_bytes)
+    config = read_document(complete(files[CONFIG_FILE]), CONFIG_FILE, limits.document_bytes)
     return config, read_method(config), _read_weights_header(files[WEIGHTS_FILE], limits)
 
 
@@ -188,9 +195,9 @@ def check_prefix(path: str, prefix: bytes, *, left_out: bool = False) -> None:
     refuse_other_formats(prefix, path, archives=not left_out)
 
 
-def check_text(path: str, source: Path | bytes, max_bytes: int) -> None:
+def check_text(path: str, source: Source, max_bytes: int) -> None:
     """Refuses what is not text. Raises Rejected with reason BAD_TEXT or TOO_LARGE."""
-    data = read_bytes(source, path, max_bytes)
+    data = read_bytes(complete(source), path, max_bytes)
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -201,8 +208,8 @@ def check_text(path: str, source: Path | bytes, max_bytes: int) -> None:
         raise Rejected(f"{path} is not text: it has bytes that are zero. Remove it.", reason="BAD_TEXT")
 
 
-def _read_weights_header(source: Path | bytes, limits: Limits) -> Header:
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+def _read_weights_header(source: Source, limits: Limits) -> Header:
+    size = _size_of(source)
     if size > limits.weights_bytes:
         raise Rejected(
             f"{WEIGHTS_FILE} has {size} bytes, over the limit of {limits.weights_bytes}.", reason="TOO_LARGE"
@@ -211,6 +218,12 @@ def _read_weights_header(source: Path | bytes, limits: Limits) -> Header:
     if not header.tensors:
         raise NoEffect("The adapter has no tensors: it would answer as the base does. Train it first.")
     return header
+
+
+def _size_of(source: Source) -> int:
+    if isinstance(source, Path):
+        return source.stat().st_size
+    return len(source) if isinstance(source, bytes) else source.size
 
 
 def _check_sizes(matched: Matched, method: Method, settings: Settings, base: Base, limits: Limits) -> tuple[int, int]:

@@ -13,8 +13,9 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NoReturn
+from typing import Any, BinaryIO, Final, NoReturn, cast
 
+from adapterbay.registry.admission.arriving import Arriving
 from adapterbay.registry.admission.regular_file import open_regular
 from adapterbay.registry.digest import parse_json_object
 from adapterbay.registry.errors import Rejected
@@ -76,13 +77,23 @@ class Header:
     size: int
 
 
-def open_source(source: Path | bytes, what: str = WEIGHTS_FILE) -> BinaryIO:
+Source = Path | bytes | Arriving
+
+
+def open_source(source: Source, what: str = WEIGHTS_FILE) -> BinaryIO:
     """A readable, seekable stream over a regular file or over bytes in memory. Raises as `open_regular` does."""
-    return io.BytesIO(source) if isinstance(source, bytes) else open_regular(source, what)
+    if isinstance(source, Path):
+        return open_regular(source, what)
+    return io.BytesIO(source) if isinstance(source, bytes) else cast(BinaryIO, source.open())
+
+
+def complete(source: Source) -> Path | bytes:
+    """What can be read anywhere: of a file that still arrives all of its bytes, once they are there."""
+    return source.whole() if isinstance(source, Arriving) else source
 
 
 def read_header(
-    source: Path | bytes, what: str, *, max_header_bytes: int = MAX_HEADER_BYTES, max_tensors: int | None = None
+    source: Source, what: str, *, max_header_bytes: int = MAX_HEADER_BYTES, max_tensors: int | None = None
 ) -> Header:
     """Reads and checks a header. `what` names the file in messages.
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import BinaryIO, Final
 
 from adapterbay.registry.admission.methods import Method, Settings
 from adapterbay.registry.admission.places import Base
 from adapterbay.registry.admission.report import AdaptedModule, AdaptedSite, Matched
-from adapterbay.registry.admission.safetensors_file import Header, open_source
+from adapterbay.registry.admission.safetensors_file import Header, Source, complete, open_source
 from adapterbay.registry.admission.tensor_values import Values, check_finite, check_indices, read_factor, read_values
 from adapterbay.registry.errors import NoEffect, Rejected
 from adapterbay.registry.manifest import WEIGHTS_FILE
@@ -22,7 +21,7 @@ MIN_DELTA: Final = 1e-57
 
 
 def check_values(
-    source: Path | bytes,
+    source: Source,
     header: Header,
     matched: Matched,
     modules: Sequence[AdaptedModule],
@@ -33,7 +32,7 @@ def check_values(
     """Returns how many modules change nothing; raises NoEffect if that is all there is, or Rejected (NOT_FINITE)."""
     own = {module.name: module for module in modules}
     read: set[str] = set()
-    with open_source(source, WEIGHTS_FILE) as file:
+    with open_source(complete(source), WEIGHTS_FILE) as file:
         dead = _check_shared(file, header, matched, method, settings, base)
         read |= set(matched.shared.values())
         idle = 0

@@ -120,10 +120,11 @@ class BlobStore:
         self.verify(data, digest, what)
         return data
 
-    def read_unchecked(self, digest: str, size: int | None, what: str) -> bytes:
-        """What lies where the blob should. Raises Corrupted if it cannot be read or has another size."""
+    def read_unchecked(self, digest: str, size: int | None, what: str, count: int | None = None) -> bytes:
+        """What lies where the blob should, or its first `count` bytes. Raises Corrupted if it cannot be read or has
+        another size."""
         with self._opened(digest, size, what) as file:
-            return file.read()
+            return file.read(-1 if count is None else count)
 
     def verify(self, data: bytes, digest: str, what: str) -> None:
         """Raises Corrupted unless the bytes have this digest."""

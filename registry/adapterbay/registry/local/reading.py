@@ -5,8 +5,10 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from adapterbay.registry.admission.arriving import Arriving, whole_of
 from adapterbay.registry.digest import is_digest
 from adapterbay.registry.errors import InvalidReference, NotFound
 from adapterbay.registry.gate import Comparison, Guard
@@ -15,7 +17,7 @@ from adapterbay.registry.local.blobs import BlobStore
 from adapterbay.registry.local.commit import unknown_name, unknown_version
 from adapterbay.registry.local.index import Index
 from adapterbay.registry.local.records import EVERY_ADAPTER
-from adapterbay.registry.manifest import Manifest
+from adapterbay.registry.manifest import WEIGHTS_FILE, FileEntry, Manifest
 from adapterbay.registry.nearest import nearest_words
 from adapterbay.registry.portable import write_folder
 from adapterbay.registry.reference import HubReference, Reference, check_name, parse_reference
@@ -31,17 +33,19 @@ from adapterbay.registry.views import (
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The files of a version by path, as they were read. Nobody may act on them before `verify` has returned; what only
-    looks at them may run meanwhile, for it takes the time of reading them."""
+    """The files of a version by path; the tensors still arrive. Nobody may act on them before `verify` has returned;
+    what only looks at them may run meanwhile, for it takes the time of reading them."""
 
     manifest: Manifest
-    files: Mapping[str, bytes]
+    files: Mapping[str, bytes | Arriving]
     blobs: BlobStore
 
     def verify(self) -> None:
-        """Compares every file with its digest. Raises Corrupted naming file and digest."""
-        for entry in self.manifest.files:
-            self.blobs.verify(self.files[entry.path], entry.digest, entry.path)
+        """Reads what has not been read and compares every file with its digest, the largest first. Raises Corrupted
+        naming file and digest."""
+        for entry in sorted(self.manifest.files, key=lambda entry: -entry.size):
+            file = self.files[entry.path]
+            self.blobs.verify(whole_of(file), entry.digest, entry.path)
 
 
 class Reader:
@@ -99,11 +103,16 @@ class Reader:
     def contents(self, manifest: Manifest) -> Contents:
         """The files of a version in memory, each read once; `Contents.verify` then says whether they are intact.
 
-        Raises NotFound if the version was deleted since, or Corrupted for what cannot be read.
+        Raises NotFound if the version was deleted since, or Corrupted for what cannot be read; for tensors, which are
+        read when they are first asked for, `Arriving` does.
         """
         self._check_known(manifest.digest)
-        files = {e.path: self.blobs.read_unchecked(e.digest, e.size, e.path) for e in manifest.files}
-        return Contents(manifest, files, self.blobs)
+
+        def contents(entry: FileEntry) -> bytes | Arriving:
+            read = partial(self.blobs.read_unchecked, entry.digest, entry.size, entry.path)
+            return Arriving(entry.size, read) if entry.path == WEIGHTS_FILE else read()
+
+        return Contents(manifest, {entry.path: contents(entry) for entry in manifest.files}, self.blobs)
 
     def open_snapshot(self, digest: str) -> Snapshot:
         """The files of a version, each read and checked now. Raises NotFound, or Corrupted naming file and digest."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adapterbay.registry import AdmissionReport, Manifest, admit
+from adapterbay.registry.admission.arriving import Arriving, whole_of
 from adapterbay.registry.admission.report import AdaptedModule, AdaptedSite, TrainedTokens
 from adapterbay.registry.errors import NoEffect, Rejected, UnsupportedMethod
 from adapterbay.registry.manifest import WEIGHTS_FILE
@@ -43,7 +44,7 @@ READ_DIRECTLY: Final = frozenset({"LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PRO
 """Methods that change no linear layer by a formula of their own."""
 
 
-def build_form(manifest: Manifest, files: Mapping[str, bytes], model: ServingModel) -> ServingForm:
+def build_form(manifest: Manifest, files: Mapping[str, bytes | Arriving], model: ServingModel) -> ServingForm:
     """Admits an adapter's files against the base at hand, and reads them.
 
     Raises what `adapterbay.registry.admit` raises, and UnsupportedMethod for what admission knows and this base or this
@@ -53,7 +54,7 @@ def build_form(manifest: Manifest, files: Mapping[str, bytes], model: ServingMod
         files, model.base.files.tensor_shapes(), base_config=model.base.files.config, labels=manifest.labels or None
     )
     with torch.no_grad():
-        return _Builder(manifest, report, tensor_views(files[WEIGHTS_FILE], report.entries), model).build()
+        return _Builder(manifest, report, tensor_views(whole_of(files[WEIGHTS_FILE]), report.entries), model).build()
 
 
 class _Builder:
