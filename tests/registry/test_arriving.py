@@ -37,7 +37,7 @@ def checkpoint(llama: Tiny) -> bytes:
 
 def test_the_header_does_not_wait_for_the_tensors(checkpoint: bytes) -> None:
     slow = Slow(checkpoint)
-    source = Arriving(len(checkpoint), slow)
+    source = Arriving(WEIGHTS_FILE, len(checkpoint), slow)
     reader = threading.Thread(target=source.whole)
     reader.start()
     try:
@@ -52,7 +52,7 @@ def test_the_header_does_not_wait_for_the_tensors(checkpoint: bytes) -> None:
 def test_a_stream_ends_where_the_file_does() -> None:
     data = bytes(range(256)) * 300
     slow = Slow(data)
-    with open_source(Arriving(len(data), slow)) as file:
+    with open_source(Arriving(WEIGHTS_FILE, len(data), slow)) as file:
         assert file.read(9) == data[:9]
         assert slow.reads == [AT_LEAST]
         file.seek(-5, 2)
@@ -65,10 +65,10 @@ def test_a_stream_ends_where_the_file_does() -> None:
 def test_a_file_that_changes_meanwhile_is_refused(checkpoint: bytes) -> None:
     slow = Slow(checkpoint)
     slow.rest.set()
-    source = Arriving(len(checkpoint), slow)
+    source = Arriving(WEIGHTS_FILE, len(checkpoint), slow)
     read_header(source, WEIGHTS_FILE)
     slow.data = checkpoint[:8] + b"[" + checkpoint[9:]
-    with pytest.raises(Corrupted, match="altered"):
+    with pytest.raises(Corrupted, match=f"{WEIGHTS_FILE} was altered"):
         source.whole()
 
 

@@ -5,7 +5,6 @@ takes a third of a millisecond. musl and others give back by themselves."""
 from __future__ import annotations
 
 import ctypes
-import threading
 from functools import cache
 from typing import Any
 
@@ -29,32 +28,3 @@ def trim() -> None:
     malloc_trim = _malloc_trim()
     if malloc_trim is not None:
         malloc_trim(0)
-
-
-class Trimmer:
-    """Trims a little after it was asked to, once for all that is freed until then. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._due: threading.Timer | None = None
-        self._closed = False
-
-    def soon(self) -> None:
-        """Asks."""
-        with self._lock:
-            if self._due is None and not self._closed:
-                self._due = threading.Timer(DELAY_SECONDS, self._trim)
-                self._due.daemon = True
-                self._due.start()
-
-    def close(self) -> None:
-        """Nothing is trimmed any more."""
-        with self._lock:
-            self._closed = True
-            if self._due is not None:
-                self._due.cancel()
-
-    def _trim(self) -> None:
-        with self._lock:
-            self._due = None  # what is freed from here on needs another one
-        trim()

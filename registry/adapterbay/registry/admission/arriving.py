@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from adapterbay.registry.errors import Corrupted
 
@@ -20,7 +20,9 @@ class Arriving:
     `read` raises; `whole` also raises Corrupted if it does not begin with what was seen before.
     """
 
-    def __init__(self, size: int, read: Callable[[int | None], bytes]) -> None:
+    def __init__(self, what: str, size: int, read: Callable[[int | None], bytes]) -> None:
+        """`what` names the file in messages."""
+        self.what = what
         self.size = size
         self._read = read
         self._lock = threading.Lock()
@@ -39,7 +41,7 @@ class Arriving:
             if self._whole is None:
                 self._whole = self._read(None)
         if not self._whole.startswith(self._seen):
-            raise Corrupted("The file was altered while it was read.")
+            raise Corrupted(f"{self.what} was altered while it was read.")
         return self._whole
 
     def open(self) -> Beginning:
@@ -71,7 +73,7 @@ class Beginning(io.RawIOBase):
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._source.size}[whence]
         return self._at
 
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]  # any writable buffer
+    def readinto(self, buffer: Any) -> int:
         """Fills a buffer from here on. Returns how many bytes there were."""
         data = self._source.beginning(self._at + len(buffer))[self._at :]
         buffer[: len(data)] = data

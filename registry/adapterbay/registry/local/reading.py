@@ -110,7 +110,7 @@ class Reader:
 
         def contents(entry: FileEntry) -> bytes | Arriving:
             read = partial(self.blobs.read_unchecked, entry.digest, entry.size, entry.path)
-            return Arriving(entry.size, read) if entry.path == WEIGHTS_FILE else read()
+            return Arriving(entry.path, entry.size, read) if entry.path == WEIGHTS_FILE else read()
 
         return Contents(manifest, {entry.path: contents(entry) for entry in manifest.files}, self.blobs)
 

@@ -28,7 +28,7 @@ from adapterbay.server.adapters.loaders import attempted, beside, loading_thread
 from adapterbay.server.adapters.memory_books import FILES_FOR_FORM, Books, Turn, beside_pins, too_large
 from adapterbay.server.adapters.residency import ResidencyInfo, Resident
 from adapterbay.server.adapters.tally import HostCounts, HostTally
-from adapterbay.server.trim import Trimmer
+from adapterbay.server.trim import DELAY_SECONDS, trim
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class HostMemory:
         self._executor = loading_threads(threads)
         self._closed = False
         self._alarm = Alarm(self._look)
-        self._trimmer = Trimmer()
+        self._trimming = Alarm(trim)
         self.listeners = Listeners()
         self.tally = HostTally()
 
@@ -86,7 +86,7 @@ class HostMemory:
                 if resident.vacating is not None:
                     self._gone(resident)
         self._alarm.close()
-        self._trimmer.close()
+        self._trimming.close()
         self._executor.shutdown(wait=True)
 
     def hold(self, digest: str, claim: Claim) -> Resident:
@@ -383,7 +383,7 @@ class HostMemory:
         self.books.gone(resident)
         resident.form = None
         if resident.unloaded:
-            self._trimmer.soon()
+            self._trimming.by(time.monotonic() + DELAY_SECONDS)
         self._news.append(partial(self.listeners.tell, "unloaded", resident.digest))
         self._news.append(partial(resident.leaving.set_result, resident.vacating or 0))
 

@@ -117,7 +117,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Labels texts with the classification head that the adapter brings."""
         with Call(self._engine, context.time_remaining()) as call:
             texts, selected = read_texts(request.texts), read_selection(request)
-            arm, encoded = await self._encoded(selected, texts, request.truncate, self._encoder.text, labelled=True)
+            arm, encoded = await asyncio.to_thread(
+                self._encoded, selected, texts, request.truncate, self._encoder.text, labelled=True
+            )
             tasks = [ClassifyTask(token_ids=ids, truncated=cut) for ids, cut in encoded]
             results, timings = await self._run_texts(call, arm, tasks, ClassifyResult)
         return inference_pb2.ClassifyResponse(
@@ -133,7 +135,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Labels each token of texts with the head that the adapter brings."""
         with Call(self._engine, context.time_remaining()) as call:
             texts, selected = read_texts(request.texts), read_selection(request)
-            arm, encoded = await self._encoded(selected, texts, request.truncate, self._encoder.spans, labelled=True)
+            arm, encoded = await asyncio.to_thread(
+                self._encoded, selected, texts, request.truncate, self._encoder.spans, labelled=True
+            )
             tasks = [ClassifyTokensTask(token_ids=ids, truncated=cut) for ids, _, cut in encoded]
             results, timings = await self._run_texts(call, arm, tasks, ClassifyTokensResult)
         return inference_pb2.ClassifyTokensResponse(
@@ -153,7 +157,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         with Call(self._engine, context.time_remaining()) as call:
             texts = read_texts(request.texts)
             pooling, selected = read_pooling(request.pooling), read_selection(request)
-            arm, encoded = await self._encoded(selected, texts, request.truncate, self._encoder.text, labelled=False)
+            arm, encoded = await asyncio.to_thread(
+                self._encoded, selected, texts, request.truncate, self._encoder.text, labelled=False
+            )
             tasks = [
                 EmbedTask(token_ids=ids, pooling=pooling, normalize=request.normalize, truncated=cut)
                 for ids, cut in encoded
@@ -205,22 +211,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._encoder.new_tokens(len(ids), sampling.max_tokens, "sampling.max_tokens")
         return arm, GenerateTask(prompt_ids=ids, sampling=sampling)
 
-    async def _encoded(
+    def _encoded(
         self, selected: Selected, texts: Sequence[str], truncate: bool, encode: TextEncoder[Encoded], *, labelled: bool
     ) -> tuple[ArmSpec, list[Encoded]]:
-        """The arm, and all texts at once, so that a bad one is refused before anything runs."""
-
-        def prepare() -> tuple[ArmSpec, list[Encoded]]:
-            arm = resolve_arm(self._engine.adapters, selected)
-            if labelled:
-                require_head(arm)
-            limit_of = text_limit if labelled else text_room
-            limit = limit_of(self._engine.adapters, arm, self._engine.base.max_length)
-            return arm, [
-                encode(text, limit=limit, truncate=truncate, field=f"texts[{at}]") for at, text in enumerate(texts)
-            ]
-
-        return await asyncio.to_thread(prepare)
+        """The arm, and all texts at once, so that a bad one is refused before anything runs. May block."""
+        arm = resolve_arm(self._engine.adapters, selected)
+        if labelled:
+            require_head(arm)
+        limit_of = text_limit if labelled else text_room
+        limit = limit_of(self._engine.adapters, arm, self._engine.base.max_length)
+        return arm, [
+            encode(text, limit=limit, truncate=truncate, field=f"texts[{index}]") for index, text in enumerate(texts)
+        ]
 
     async def _run_texts(
         self, call: Call, arm: ArmSpec, tasks: Sequence[Task], kind: type[TextResult]
