@@ -270,6 +270,7 @@ class Churn:
         try:
             self._engine.adapters.load(self._digest()).result(30)
         except (Unavailable, QueueFull, InvalidArgument):  # unloaded by us while it waited for room; or there is none
+            self.counts["loads refused"] += 1
             return
         self.counts["loads asked for"] += 1
 

@@ -21,8 +21,9 @@ DTYPES = list(LIMIT)
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
-    if not loader.load("auto").loaded:
-        pytest.skip(f"kernels: {loader.load('auto')}")
+    if loader.find_compiler() is None:
+        pytest.skip(loader.NO_COMPILER)
+    loader.load("on")
 
 
 def near(got: Tensor, expected: Tensor, limit: float | None = None) -> None:

@@ -336,6 +336,7 @@ def test_embeddings_output_and_saved_modules(shelf: Shelf) -> None:
         ("vera", {"r": True}, "BAD_CONFIG"),
         ("ia3", {"feedforward_modules": []}, "SHAPE_MISMATCH"),
         ("ia3", {"feedforward_modules": "(?=x)"}, "BAD_PATTERN"),
+        ("lora", {"loftq_config": {"loftq_iter": 17}, "init_lora_weights": "loftq"}, "BAD_CONFIG"),
     ],
 )
 def test_settings_against_the_tensors(shelf: Shelf, name: str, settings: dict[str, Any], reason: str) -> None:

@@ -170,9 +170,10 @@ class Engine:
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues rows that enter the batch in one step: one request, or one input's arms.
 
-        From any thread; never blocks. Raises Unavailable, QueueFull, InvalidArgument, TaskMismatch or BaseMismatch, or
-        Cancelled or DeadlineExceeded for what nobody waits for, and then nothing was queued. Adapters that are not in
-        memory begin to load; what goes wrong there comes to the listeners.
+        From any thread; waits for no other row, but an adapter's manifest and sizes are read when it is first met.
+        Raises Unavailable, QueueFull, InvalidArgument, TaskMismatch or BaseMismatch, or Cancelled or DeadlineExceeded
+        for what nobody waits for, and then nothing was queued. Adapters that are not in memory begin to load; what goes
+        wrong there comes to the listeners.
         """
         for request in requests:
             self._check(request)

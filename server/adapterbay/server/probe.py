@@ -49,8 +49,7 @@ def _probe(model: ServingModel, who: str) -> list[LayerShape]:
     found: list[tuple[int, LayerShape]] = []
     first, total = LENGTHS[0], sum(LENGTHS)
     bounds = ((0, first), (first, total))
-    padding = getattr(model.base.model.config, "pad_token_id", None)
-    usable = (token for token in range(model.base.info.vocabulary_size) if token != padding)
+    usable = (token for token in range(model.base.info.vocabulary_size) if token != model.padding)
     ids = torch.tensor([next(usable) for _ in range(total)], device=model.device)
     places = torch.tensor([place for length in LENGTHS for place in range(length)], device=model.device)
     at = torch.tensor([total - 1], device=model.device) if model.causal else None

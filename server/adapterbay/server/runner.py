@@ -46,7 +46,8 @@ class Runner:
 
     def run(self, shares: Sequence[Share]) -> StepResult:
         """Computes one step of `shares`: decoding rows first, then prefilling ones, as the scheduler gives them."""
-        order = sorted(shares, key=lambda share: (share.row.phase is not Phase.DECODE, _parts(share.row)))
+        parts = {share.row: _parts(share.row) for share in shares}
+        order = sorted(shares, key=lambda share: (share.row.phase is not Phase.DECODE, parts[share.row]))
         self._blocks.zero_dirty()
         self._write_prefixes(order)
         states = self._encode(order)
@@ -70,7 +71,7 @@ class Runner:
             hidden, logits = self._model.forward(
                 torch.tensor(ids, device=device),
                 torch.tensor(positions, device=device),
-                self._mix_of([run for share in order for run in _runs(share)]),
+                self._mix_of([run for share in order for run in _runs(share, parts[share.row])]),
                 self._attention(stretches),
                 logits_at=logits_at,
                 want_hidden=bool(pooled),
@@ -259,13 +260,13 @@ def _lasting(row: Row) -> Parts:
     return tuple((lasting_key(resident.key), weight) for resident, (_, weight) in applied if resident.ready.lasts)
 
 
-def _runs(share: Share) -> list[tuple[int, Parts]]:
-    """How many of the share's tokens are computed with what, in order. Before its activation a row is the base, but
-    for what lasts."""
+def _runs(share: Share, parts: Parts) -> list[tuple[int, Parts]]:
+    """How many of the share's tokens are computed with what, in order: with all `parts` of its row from its activation
+    on. Before that a row is the base, but for what lasts."""
     row = share.row
     before = min(max(row.active_from - share.start, 0), share.count)
-    runs: list[tuple[int, Parts]] = [(before, _lasting(row) if before else ()), (share.count - before, _parts(row))]
-    return [(count, parts) for count, parts in runs if count]
+    runs: list[tuple[int, Parts]] = [(before, _lasting(row) if before else ()), (share.count - before, parts)]
+    return [run for run in runs if run[0]]
 
 
 def _slot(row: Row, position: int) -> int:

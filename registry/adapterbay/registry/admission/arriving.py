@@ -31,6 +31,8 @@ class Arriving:
 
     def beginning(self, count: int) -> bytes:
         """The first `count` bytes, or as many as there are, without waiting for the rest."""
+        if self._whole is not None:
+            return self._whole[:count]
         if len(self._seen) < min(count, self.size):
             self._seen = self._read(max(count, AT_LEAST))
         return self._seen[:count]

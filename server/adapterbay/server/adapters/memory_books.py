@@ -12,7 +12,8 @@ from adapterbay.server.adapters.residency import Residency, ResidencyInfo, Resid
 from adapterbay.server.adapters.tally import HostCounts
 
 PASSED_SECONDS: Final = 1.0
-"""A load that finds no room is passed by those that do for so long. Then what becomes free is kept for it."""
+"""A load that rows wait for and that finds no room is passed by those that do for so long. Then what becomes free is
+kept for it."""
 BEYOND_SECONDS: Final = 10.0
 """A load that rows wait for goes beyond the budget after so long, and one that nobody waits for is refused."""
 FILES_FOR_FORM: Final = 2
@@ -35,8 +36,8 @@ class Books:
     Bytes are taken from the moment a load begins until the engine's thread has let go of the form.
 
     Who waits, in order: a load begins when there is room or others can give way. One that finds none is passed by those
-    that do, for `passed_seconds`; what becomes free is kept for it from then on. A load that rows wait for goes beyond
-    the budget after `beyond_seconds`, or when nothing runs, or at once when the pinned leave no room that it could ever
+    that do. For a load that rows wait for, what becomes free is kept after `passed_seconds`, and it goes beyond the
+    budget after `beyond_seconds`, or when nothing runs, or at once when the pinned leave no room that it could ever
     have. Only one request goes beyond the budget at a time, with all that it needs. Whoever comes anew for what it took
     while others wait does not join it, but queues behind them: so its turn ends with the rows that are there.
     """
@@ -148,7 +149,7 @@ class Books:
                 self._refuse(resident, beside_pins("loaded", resident.digest, others, self.budget, resident.size), turn)
                 pinned = others
             elif waited >= self.beyond_seconds:
-                self._refuse(resident, _no_room(resident, self.budget), turn)
+                self._refuse(resident, _no_room(resident, self.budget, self.beyond_seconds), turn)
                 pinned = others
 
     def due(self, now: float) -> float | None:
@@ -254,9 +255,9 @@ def beside_pins(what: str, digest: str, pinned: int, budget: int, size: int) -> 
     )
 
 
-def _no_room(resident: Resident, budget: int) -> QueueFull:
+def _no_room(resident: Resident, budget: int, seconds: float) -> QueueFull:
     return QueueFull(
         f"{resident.digest} cannot be loaded: all of the host budget of {budget} bytes is in use or pinned, and it "
         f"takes {resident.size}. Try again when fewer rows run, or raise host_bytes.",
-        retry_after_seconds=BEYOND_SECONDS,
+        retry_after_seconds=seconds,
     )

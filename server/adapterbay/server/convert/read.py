@@ -45,8 +45,8 @@ def read_layers(
     form without tensors is that of a layer that computes what the base's does. LoRA's embeddings are not read here.
 
     `config` is adapter_config.json, `tensors` its tensors without heads, saved modules and biases; `dtype` that of the
-    serving base. Raises
-    Rejected for tensors that PEFT has no place for, and UnsupportedMethod for what PEFT itself refuses on this base.
+    serving base. Raises Rejected for tensors that PEFT has no place for, and UnsupportedMethod for what PEFT itself
+    refuses on this base.
     """
     method = str(config["peft_type"])
     rewrites_base = method == "LORA"  # PiSSA and its like subtract their start from the base's weight

@@ -68,8 +68,9 @@ class ShapeWatch:
 
     def _hook(self, path: str, tokens: int) -> Any:
         def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            got = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            self._seen[path].setdefault(tokens, []).append(got.shape)
+            got = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if got is not None:  # else nothing is known of it, and what changes it is refused
+                self._seen[path].setdefault(tokens, []).append(got.shape)
 
         return note
 

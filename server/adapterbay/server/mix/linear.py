@@ -58,8 +58,7 @@ class LinearSite:
     @property
     def free_bytes(self) -> int:
         """What the pools' free rows take."""
-        scales = self.in_scales.free_bytes + self.out_scales.free_bytes
-        return self.pool.free_bytes + scales + self.biases.free_bytes
+        return sum(pool.free_bytes for pool in self.pools)
 
     @property
     def used(self) -> bool:

@@ -119,6 +119,15 @@ class _Rows:
         """What the pool takes, free rows included."""
         return self.capacity * self._row_bytes
 
+    def remove(self, key: str) -> None:
+        """Frees one adapter's rows; they are zeroed, so that nothing of it can be read again."""
+        span = self.spans.get(key)
+        if span is None:
+            return
+        for name in self.STORES:
+            getattr(self, name)[span.start : span.start + span.rank].zero_()
+        self._left(self.layout.moved(key, None))
+
     def trim(self) -> bool:
         """Gives all free rows back; whether there were any."""
         free = self.free_bytes > 0
@@ -185,15 +194,6 @@ class RankPool(_Rows):
         self.b[start : start + rank].copy_(b)
         self._take(self.layout.moved(key, Span(start, rank, scaling)))
 
-    def remove(self, key: str) -> None:
-        """Frees one adapter's rows; they are zeroed, so that nothing of it can be read again."""
-        span = self.spans.get(key)
-        if span is None:
-            return
-        self.a[span.start : span.start + span.rank].zero_()
-        self.b[span.start : span.start + span.rank].zero_()
-        self._left(self.layout.moved(key, None))
-
     def packed(self, rows: slice) -> tuple[Tensor, Tensor] | None:
         """A and B of these rows in oneDNN's layout, packed anew when the pool changed; None where packing is no use.
 
@@ -230,10 +230,3 @@ class VectorPool(_Rows):
         start = self._room(1, growth)
         self.rows[start].copy_(vector)
         self._take(self.layout.moved(key, Span(start, 1, 1.0)))
-
-    def remove(self, key: str) -> None:
-        """Frees and zeroes one adapter's row."""
-        span = self.spans.get(key)
-        if span is not None:
-            self.rows[span.start].zero_()
-            self._left(self.layout.moved(key, None))
