@@ -257,7 +257,8 @@ def _check_shape(tensor: TensorInfo, expected: Tensor, where: str) -> None:
     ):
         shown = "[" + ", ".join("any" if size is None else str(size) for size in wanted) + "]"
         raise Rejected(
-            f"{tensor.name[:200]} has the shape {list(tensor.shape)}, but its settings on {where} need {shown}.",
+            f"{tensor.name[:200]} has the shape {list(tensor.shape)}, but its settings on {where} need {shown}. "
+            "Was it trained on another base?",
             reason="SHAPE_MISMATCH",
             metadata={"tensor": tensor.name[:200]},
         )

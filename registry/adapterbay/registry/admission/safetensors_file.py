@@ -114,7 +114,11 @@ def read_header(
         if length > max_header_bytes:
             _refuse(what, "TOO_LARGE", f"its header claims {length} bytes; {max_header_bytes} are allowed")
         if 8 + length > size:
-            _refuse(what, "TRUNCATED", f"its header claims {length} bytes, but the file has {size} in all")
+            _refuse(
+                what,
+                "TRUNCATED",
+                f"its header claims {length} bytes, but the file has {size} in all; copy or save it again",
+            )
         file.seek(8)
         text = file.read(length)
     if not text.startswith(b"{"):
@@ -176,7 +180,7 @@ def _check_tiling(what: str, tensors: list[TensorInfo], data_begin: int, size: i
             _refuse(what, "BAD_HEADER", f"tensor {tensor.name[:200]!r} {kind}")
         position = tensor.end
     if position > size:
-        _refuse(what, "TRUNCATED", f"its tensors need {position} bytes, but the file has {size}")
+        _refuse(what, "TRUNCATED", f"its tensors need {position} bytes, but the file has {size}; copy or save it again")
     if position < size:
         _refuse(what, "BAD_HEADER", f"{size - position} bytes follow after its last tensor")
 
