@@ -204,9 +204,8 @@ class Churn:
             if found.version != version:
                 raise Wrong(f"{reference} is version {found.version}, not {version}")
             parts.append(Part(reference, found.name, found.version, found.digest, weight))
-        late = self._rng.random() < 0.04
-        deadline = time.monotonic() + self._rng.random() * 0.05 if late else None
-        ends: tuple[type[Exception], ...] = (DeadlineExceeded,) if late else ()
+        ends: tuple[type[Exception], ...] = (DeadlineExceeded,) if self._rng.random() < 0.04 else ()  # too late
+        deadline = time.monotonic() + self._rng.random() * 0.05 if ends else None
         self._submit(parts, prompt, self._world.answers[arm, prompt], deadline, ends)
 
     def _ask_bad(self) -> None:
@@ -271,8 +270,8 @@ class Churn:
             self._engine.adapters.load(self._digest()).result(30)
         except (Unavailable, QueueFull, InvalidArgument):  # unloaded by us while it waited for room; or there is none
             self.counts["loads refused"] += 1
-            return
-        self.counts["loads asked for"] += 1
+        else:
+            self.counts["loads asked for"] += 1
 
     def _move(self) -> None:
         number = self._rng.randrange(ADAPTERS)

@@ -13,10 +13,11 @@ from tier_tools import PROMPT, never_waited, push_many, record_steps
 from zoo import Zoo
 
 from adapterbay.registry import Registry, durable
-from adapterbay.server import trim
+from adapterbay.server.adapters.alarm import Alarm
 from adapterbay.server.adapters.device import SITE_BYTES
 from adapterbay.server.adapters.forms import ServingForm
 from adapterbay.server.mix.pools import Layout, RankPool, Span, VectorPool
+from adapterbay.server.trim import trim
 
 COLD = 12
 
@@ -150,7 +151,9 @@ def test_what_is_half_there_leaves_nothing(harness: Harness, then: str) -> None:
 def test_an_unload_gives_the_pools_back_without_another_step(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """What steps keep for the next one must not keep the pools of an idle server; and then it goes to the system."""
     engine, trimmed = harness.engine, threading.Event()
-    monkeypatch.setattr(trim, "trim", trimmed.set)
+    memory = engine.adapters.memory
+    assert memory._trimming.call is trim
+    monkeypatch.setattr(memory, "_trimming", Alarm(trimmed.set))
     harness.generate("n1", PROMPT, 3).wait()
     harness.idle()
     sites = [layer.site for layer in engine._model.sites.linears.values() if layer.site is not None]

@@ -14,7 +14,7 @@ class Alarm:
     """Calls at the earliest of the moments that it was told; once for those that have passed by then. Thread-safe."""
 
     def __init__(self, call: Callable[[], None]) -> None:
-        self._call = call
+        self.call = call
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self._at = 0.0
@@ -48,4 +48,4 @@ class Alarm:
             if self._closed or threading.current_thread() is not self._timer:
                 return
             self._timer = None
-        self._call()
+        self.call()
