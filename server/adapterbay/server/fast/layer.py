@@ -170,8 +170,7 @@ class FastLayer:
             whole[: plan.decode_rows] = context.view(-1, self._heads, self._size)
         split = [self._heads, self._kv_heads, self._kv_heads]
         q, k, v = qkv.view(tokens, -1, self._size).transpose(0, 1).split(split)  # type: ignore[no-untyped-call]
-        for segment in plan.segments:
-            whole[segment.start : segment.stop] = attention._prefill(plan, self.index, segment, q, k, v, scoring)
+        attention.prefill(plan, self.index, q, k, v, scoring, whole)
         return whole.view(tokens, -1)
 
 

@@ -202,6 +202,7 @@ def _fuse(model: ServingModel, module: nn.Module, index: int) -> FastLayer | Non
             log.info("layer %d is not fused: %s", index, reason)
             return None
         got = hidden.clone()
+        plan.kernels = True
         layer.forward(got, step, layer.operands(None, None))
     finally:
         attention.current.plan = None

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+MOST_KEYS = 8192
+"""The longest text of `text_attention`."""
+
 _fakes = False
 
 
@@ -78,6 +82,27 @@ def paged_attention(
     return y
 
 
+def text_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    texts: Tensor,
+    scale: float,
+    out: Tensor,
+    *,
+    causal: bool,
+    window: int | None = None,
+) -> None:
+    """Attention of texts' last tokens, or of all of them, each over its own text, with `causal` over what comes up to
+    it: q [heads, tokens, size], k and v [kv heads, keys, size] into `out` [tokens, heads, value size].
+
+    `texts` [texts, 4], int64: which tokens [begin, end), and where their text's keys lie, [first, last), at most
+    MOST_KEYS; the tokens are the last of them. Tokens of no text are left alone. `window`: a query sees keys that are
+    less than so many away.
+    """
+    torch.ops.adapterbay.text_attention(q, k, v, texts, scale, causal, window or 0, out)
+
+
 def add_ranks(x: Tensor, y: Tensor, sites: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
     """Adds each token's low-rank deltas to `y` [tokens, Σ out] in place, from `x` [tokens, in].
 
@@ -135,5 +160,5 @@ def register_fakes() -> None:
     fake("adapterbay::silu_mul", lambda x: x.new_empty(x.shape[0], x.shape[1] // 2))
     fake("adapterbay::paged_attention", attended)
     fake("adapterbay::decode_context", context)
-    for name in ("rotate_write", "add_ranks", "llama_out"):
+    for name in ("rotate_write", "text_attention", "add_ranks", "llama_out"):
         fake(f"adapterbay::{name}", lambda *_: None)

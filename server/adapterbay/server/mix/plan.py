@@ -23,7 +23,6 @@ from adapterbay.server import packed
 from adapterbay.server.kernels import ops
 from adapterbay.server.mix.pools import Layout, RankPool, Span, VectorPool
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 FEW_TOKENS = 32
 """A run of at least this many tokens under one arm gets products of its own; shorter runs are masked together."""
 
@@ -95,7 +94,7 @@ class AdapterMix:
     ) -> None:
         """`kernels`: the compiled ones are loaded, and add the low-rank deltas."""
         self.tokens = tokens
-        self._kernels = kernels and device.type == "cpu" and dtype in KERNEL_DTYPES
+        self._kernels = kernels and device.type == "cpu" and dtype in ops.KERNEL_DTYPES
         self.runs = tuple(runs)
         self._dtype = dtype
         self._device = device

@@ -57,9 +57,11 @@ inline void shrink(const RankSite<T>& s, const RankPiece& piece, float* h, int64
     const int64_t stop = std::min(rank, to - at);
     for (; r < stop;) {
       const T* a = s.a + (span[0] + r) * s.in;
-      float out[NT * 4];
-      const int count = r + 4 <= stop ? 4 : 1;
-      if (count == 4) dots<NT, 4>(x, s.ldx, a, s.in, s.in, out);
+      constexpr int many = NT <= 2 ? 8 : 4;
+      float out[NT * many];
+      const int count = r + many <= stop ? many : r + 4 <= stop ? 4 : 1;
+      if (count == many) dots<NT, many>(x, s.ldx, a, s.in, s.in, out);
+      else if (count == 4) dots<NT, 4>(x, s.ldx, a, s.in, s.in, out);
       else dots<NT, 1>(x, s.ldx, a, s.in, s.in, out);
       for (int t = 0; t < NT; ++t)
         for (int k = 0; k < count; ++k) h[t * piece.ranks + at + r + k] = factor * out[t * count + k];
@@ -105,49 +107,60 @@ inline void expand(const RankSite<T>& s, const RankPiece& piece, const float* h,
 template <int NT>
 inline void expand(const RankSite<bf16>& s, const RankPiece& piece, const float* h, int64_t from, int64_t to) {
   constexpr int W = NT == 1 ? 4 : NT == 2 ? 3 : 2;  // times 32 columns
-  const __m512i low_first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i low_last = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  static thread_local std::vector<int32_t> scales;  // of each pair of rows, NT numbers; a row without partner has zero
+  scales.clear();
+  for (int64_t i = piece.first, at = 0; i < piece.last; ++i) {
+    const int64_t rank = s.plan.span(i)[1];
+    for (int64_t r = 0; r < rank; r += 2)
+      for (int t = 0; t < NT; ++t) {
+        const float* own = h + t * piece.ranks + at + r;
+        const uint32_t second = r + 1 < rank ? rounded<bf16>(own[1]).bits : 0;
+        scales.push_back(int32_t(rounded<bf16>(own[0]).bits | second << 16));
+      }
+    at += rank;
+  }
+  const __m512i none = _mm512_setzero_si512();
+  // Of each 8 columns `low` holds the first 4 and `high` the last.
+  const __m512i in_order = _mm512_add_epi16(
+      _mm512_set4_epi64(0x0013001200110010, 0x0003000200010000, 0x0013001200110010, 0x0003000200010000),
+      _mm512_set_epi64(0x000c000c000c000c, 0x000c000c000c000c, 0x0008000800080008, 0x0008000800080008,
+                       0x0004000400040004, 0x0004000400040004, 0, 0));
   for (int64_t c = from; c < to; c += 32 * W) {
     __mmask32 in[W];
-    __m512 low[NT][W], high[NT][W];  // of each 8 columns the first and the last 4
+    __m512 low[NT][W], high[NT][W];
     for (int w = 0; w < W; ++w) {
       const int64_t left = std::max<int64_t>(0, to - c - 32 * w);
       in[w] = left >= 32 ? ~__mmask32(0) : __mmask32((uint64_t(1) << left) - 1);
-      for (int t = 0; t < NT; ++t) low[t][w] = high[t][w] = _mm512_setzero_ps();
+      for (int t = 0; t < NT; ++t) {
+        const __m512i y = _mm512_maskz_loadu_epi16(in[w], s.y + (piece.start + t) * s.ldy + c + 32 * w);
+        low[t][w] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, y));
+        high[t][w] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, y));
+      }
     }
-    int64_t at = 0;
+    const int32_t* scale = scales.data();
     for (int32_t i = piece.first; i < piece.last; ++i) {
       const int32_t* span = s.plan.span(i);
       const bf16* b = s.b + span[0] * s.out + c;
-      for (int64_t r = 0; r < span[1]; r += 2, b += 2 * s.out) {
+      for (int64_t r = 0; r < span[1]; r += 2, b += 2 * s.out, scale += NT) {
         const bool pair = r + 1 < span[1];
-        __m512bh scale[NT];
-        for (int t = 0; t < NT; ++t) {
-          const float* own = h + t * piece.ranks + at + r;
-          const uint32_t both = rounded<bf16>(own[0]).bits | (pair ? uint32_t(rounded<bf16>(own[1]).bits) << 16 : 0);
-          scale[t] = (__m512bh)_mm512_set1_epi32(int32_t(both));
-        }
         for (int w = 0; w < W; ++w) {
           const __m512i one = _mm512_maskz_loadu_epi16(in[w], b + 32 * w);
           const __m512i two = _mm512_maskz_loadu_epi16(pair ? in[w] : __mmask32(0), b + s.out + 32 * w);
           const __m512bh lows = (__m512bh)_mm512_unpacklo_epi16(one, two);
           const __m512bh highs = (__m512bh)_mm512_unpackhi_epi16(one, two);
           for (int t = 0; t < NT; ++t) {
-            low[t][w] = _mm512_dpbf16_ps(low[t][w], lows, scale[t]);
-            high[t][w] = _mm512_dpbf16_ps(high[t][w], highs, scale[t]);
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(scale[t]);
+            low[t][w] = _mm512_dpbf16_ps(low[t][w], lows, both);
+            high[t][w] = _mm512_dpbf16_ps(high[t][w], highs, both);
           }
         }
       }
-      at += span[1];
     }
     for (int t = 0; t < NT; ++t)
       for (int w = 0; w < W; ++w) {
-        bf16* y = s.y + (piece.start + t) * s.ldy + c + 32 * w;
-        const int64_t left = std::min<int64_t>(32, to - c - 32 * w);
-        if (left <= 0) continue;
-        const int first = int(std::min<int64_t>(16, left)), last = int(left) - first;
-        store16(y, load16(y, first) + V16{_mm512_permutex2var_ps(low[t][w], low_first, high[t][w])}, first);
-        if (last) store16(y + 16, load16(y + 16, last) + V16{_mm512_permutex2var_ps(low[t][w], low_last, high[t][w])}, last);
+        const __m512i y = (__m512i)_mm512_cvtne2ps_pbh(high[t][w], low[t][w]);
+        _mm512_mask_storeu_epi16(s.y + (piece.start + t) * s.ldy + c + 32 * w, in[w],
+                                 _mm512_permutexvar_epi16(in_order, y));
       }
   }
 }

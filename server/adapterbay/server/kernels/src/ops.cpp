@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "products.h"
 #include "rows.h"
+#include "texts.h"
 
 namespace adapterbay {
 namespace {
@@ -159,6 +160,36 @@ Tensor paged_attention(const Tensor& q, const Tensor& keys, const Tensor& values
   return out;
 }
 
+// q [heads, tokens, size], k and v [kv heads, keys, size]; out [tokens, heads, value size]; see ops.py.
+void text_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& texts, double scale, bool causal,
+                    int64_t window, Tensor& out) {
+  check(out, q, 3, "out");
+  const int64_t tokens = q.size(1), heads = q.size(0), kv = k.size(0), keys = k.size(1), vs = out.size(2);
+  for (const Tensor* t : {&q, &k, &v})
+    TORCH_CHECK(t->dim() == 3 && t->stride(2) == 1 && t->scalar_type() == q.scalar_type() && t->is_cpu(),
+                "q, k and v are [heads, tokens, size]");
+  TORCH_CHECK(k.size(2) == q.size(2) && v.sizes() == at::IntArrayRef({kv, keys, vs}) && kv > 0 && heads % kv == 0 &&
+                  out.size(0) == tokens && out.size(1) == heads,
+              "q, k, v and out do not fit each other");
+  TORCH_CHECK(texts.dim() == 2 && texts.size(1) == 4 && texts.is_contiguous() && texts.scalar_type() == at::kLong,
+              "texts are int64 [texts, 4]");
+  TORCH_CHECK(scale >= 0 && window >= 0, "the scale or the window is negative");
+  const Text* text = (const Text*)texts.data_ptr<int64_t>();
+  for (int64_t i = 0; i < texts.size(0); ++i) {
+    const auto [begin, end, first, last] = text[i];
+    TORCH_CHECK(0 <= begin && begin < end && end <= tokens && 0 <= first && first < last && last <= keys &&
+                    end - begin <= last - first && last - first <= kMostKeys,
+                "a text's bounds are wrong");
+  }
+  by_type(q, [&](auto kind) {
+    using T = decltype(kind);
+    const Texts<T> step{ptr<T>(q),     ptr<T>(k),  ptr<T>(v),   q.stride(0), q.stride(1), k.stride(0),  k.stride(1),
+                        v.stride(0),   v.stride(1), ptr<T>(out), heads,       kv,          q.size(2),    vs,
+                        float(scale), causal,      window};
+    attend_texts(step, text, texts.size(0));
+  });
+}
+
 // The layer up to its attention: norm, q, k and v, low-rank deltas, rotation, cache.
 Tensor llama_in(const Tensor& hidden, const Tensor& norm, double eps, const Tensor& weight, const OptionalTensor& bias,
                 at::TensorList ranks, const Tensor& cos, const Tensor& sin, int64_t heads, int64_t kv_heads,
@@ -226,6 +257,9 @@ TORCH_LIBRARY(adapterbay, m) {
   m.def(
       "paged_attention(Tensor q, Tensor keys, Tensor values, Tensor block_table, Tensor lengths, float scale, "
       "int window, float softcap) -> Tensor");
+  m.def(
+      "text_attention(Tensor q, Tensor k, Tensor v, Tensor texts, float scale, bool causal, int window, Tensor(a!) out) "
+      "-> ()");
   m.def("add_ranks(Tensor x, Tensor(a!) y, Tensor[] ranks) -> ()");
   m.def(
       "llama_in(Tensor hidden, Tensor norm, float eps, Tensor weight, Tensor? bias, Tensor[] ranks, Tensor cos, "
@@ -246,6 +280,7 @@ TORCH_LIBRARY_IMPL(adapterbay, CPU, m) {
   m.impl("silu_mul", &silu_mul);
   m.impl("rotate_write", &rotate_write);
   m.impl("paged_attention", &paged_attention);
+  m.impl("text_attention", &text_attention);
   m.impl("add_ranks", &add_ranks);
   m.impl("llama_in", &llama_in);
   m.impl("llama_out", &llama_out);

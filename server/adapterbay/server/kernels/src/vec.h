@@ -59,12 +59,16 @@ inline void store16(float* p, V16 x, int n = 16) {
   else _mm512_mask_storeu_ps(p, first(n), x.v);
 }
 inline void store16(bf16* p, V16 x, int n = 16) {
+#ifdef ADAPTERBAY_BF16
+  const __m256i raw = (__m256i)_mm512_cvtneps_pbh(x.v);
+#else
   const __m512i wide = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
   __m512i near = _mm512_add_epi32(_mm512_add_epi32(wide, _mm512_set1_epi32(0x7fff)), odd);
   near = _mm512_srli_epi32(near, 16);
   near = _mm512_mask_mov_epi32(near, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
   const __m256i raw = _mm512_cvtepi32_epi16(near);
+#endif
   if (n == 16) _mm256_storeu_si256((__m256i*)p, raw);
   else _mm256_mask_storeu_epi16(p, first(n), raw);
 }
@@ -73,7 +77,17 @@ inline V16 operator-(V16 a, V16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline V16 operator*(V16 a, V16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline V16 operator/(V16 a, V16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline V16 fma(V16 a, V16 b, V16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline float sum(V16 a) { return _mm512_reduce_add_ps(a.v); }
+inline V16 larger(V16 a, V16 b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
+inline float largest(V16 a) { return _mm512_reduce_max_ps(a.v); }
+inline V16 first_of(V16 a, int n) { return {_mm512_maskz_mov_ps(first(n), a.v)}; }  // and zero behind them
+inline V16 with_last(V16 a, int n, float x) { return {_mm512_mask_mov_ps(_mm512_set1_ps(x), first(n), a.v)}; }
+// Adds in the order of `sums`, so that a sum's bits do not depend on which others are wanted beside it.
+inline float sum(V16 a) {
+  __m512 v = _mm512_add_ps(a.v, _mm512_permute_ps(a.v, 0x4e));
+  v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
+  v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xb1));
+  return _mm512_cvtss_f32(_mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0x4e)));
+}
 
 // The sum of each of sixteen vectors, by adding while transposing.
 inline V16 sums(const V16* v) {
@@ -129,6 +143,14 @@ inline V16 operator-(V16 a, V16 b) { return each([&](int i) { return a.v[i] - b.
 inline V16 operator*(V16 a, V16 b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
 inline V16 operator/(V16 a, V16 b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
 inline V16 fma(V16 a, V16 b, V16 c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+inline V16 larger(V16 a, V16 b) {
+  return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline float largest(V16 a) { return *std::max_element(a.v, a.v + 16); }
+inline V16 with_last(V16 a, int n, float x) {
+  return each([&](int i) { return i < n ? a.v[i] : x; });
+}
+inline V16 first_of(V16 a, int n) { return with_last(a, n, 0); }
 inline float sum(V16 a) {
   float total = 0;
   for (int i = 0; i < 16; ++i) total += a.v[i];
@@ -141,42 +163,50 @@ inline V16 exp(V16 x) { return each([&](int i) { return std::exp(x.v[i]); }); }
 
 #endif
 
+// out[i] = the sum of v[i], N of them at most 16.
+template <int N>
+inline void sums_to(const V16* v, float* out) {
+  if constexpr (N <= 4) {
+    for (int i = 0; i < N; ++i) out[i] = sum(v[i]);
+  } else {
+    V16 all[16];
+    for (int i = 0; i < 16; ++i) all[i] = i < N ? v[i] : set16(0);
+    store16(out, sums(all), N);
+  }
+}
+
 // NT rows of x against NR rows of a, n long each: out[t * NR + r] = x_t · a_r, summed in float32.
 template <int NT, int NR, class T>
 inline void dots(const T* x, int64_t ldx, const T* a, int64_t lda, int64_t n, float* out) {
-  V16 acc[NT][NR];
-  for (int t = 0; t < NT; ++t)
-    for (int r = 0; r < NR; ++r) acc[t][r] = set16(0);
+  V16 acc[NT * NR];
+  for (int i = 0; i < NT * NR; ++i) acc[i] = set16(0);
   for (int64_t i = 0; i < n; i += 16) {
     const int left = int(std::min<int64_t>(16, n - i));
     V16 av[NR];
     for (int r = 0; r < NR; ++r) av[r] = load16(a + r * lda + i, left);
     for (int t = 0; t < NT; ++t) {
       const V16 xv = load16(x + t * ldx + i, left);
-      for (int r = 0; r < NR; ++r) acc[t][r] = fma(xv, av[r], acc[t][r]);
+      for (int r = 0; r < NR; ++r) acc[t * NR + r] = fma(xv, av[r], acc[t * NR + r]);
     }
   }
-  for (int t = 0; t < NT; ++t)
-    for (int r = 0; r < NR; ++r) out[t * NR + r] = sum(acc[t][r]);
+  sums_to<NT * NR>(acc, out);
 }
 
 #ifdef ADAPTERBAY_BF16
 template <int NT, int NR>
 inline void dots(const bf16* x, int64_t ldx, const bf16* a, int64_t lda, int64_t n, float* out) {
-  __m512 acc[NT][NR];
-  for (int t = 0; t < NT; ++t)
-    for (int r = 0; r < NR; ++r) acc[t][r] = _mm512_setzero_ps();
+  V16 acc[NT * NR];
+  for (int i = 0; i < NT * NR; ++i) acc[i] = set16(0);
   for (int64_t i = 0; i < n; i += 32) {
     const __mmask32 in = n - i >= 32 ? ~__mmask32(0) : __mmask32((uint64_t(1) << (n - i)) - 1);
     __m512bh av[NR];
     for (int r = 0; r < NR; ++r) av[r] = (__m512bh)_mm512_maskz_loadu_epi16(in, a + r * lda + i);
     for (int t = 0; t < NT; ++t) {
       const __m512bh xv = (__m512bh)_mm512_maskz_loadu_epi16(in, x + t * ldx + i);
-      for (int r = 0; r < NR; ++r) acc[t][r] = _mm512_dpbf16_ps(acc[t][r], xv, av[r]);
+      for (int r = 0; r < NR; ++r) acc[t * NR + r].v = _mm512_dpbf16_ps(acc[t * NR + r].v, xv, av[r]);
     }
   }
-  for (int t = 0; t < NT; ++t)
-    for (int r = 0; r < NR; ++r) out[t * NR + r] = _mm512_reduce_add_ps(acc[t][r]);
+  sums_to<NT * NR>(acc, out);
 }
 #endif
 
