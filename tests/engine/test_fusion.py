@@ -241,8 +241,8 @@ def test_a_fusion_is_computed_once_and_again_after_it_had_to_go(zoo: Zoo) -> Non
         first = got(harness, ask(harness, one))
         assert computed == [one.key[0][0]], "the parts are read for the fusion, and do not stay"
         again = got(harness, ask(harness, harness.fused({"y": 0.5, "x": 1.0}, FusionSettings("ties"))))
-        # the same set in another order, with the default spelled out, is the same; its prompt's beginning comes from the
-        # cache, and torch's products of fewer rows may have other last bits
+        # The same set in another order, with the default spelled out, is the same. Its prompt's beginning comes from
+        # the cache, and torch's products of fewer rows may have other last bits.
         assert (again - first).abs().max() < 1e-5
         assert len(computed) == 1
         other = harness.fused({"x": 1.0, "y": 0.25}, ties)

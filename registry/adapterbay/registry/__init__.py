@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adapterbay.registry.admission import AdmissionReport, Limits, admit
+from adapterbay.registry.admission import Admission, AdmissionReport, Limits, admit
 from adapterbay.registry.base import BaseFiles, BaseReference, default_base, home, locate
 from adapterbay.registry.local.store import Registry
 from adapterbay.registry.manifest import Manifest
@@ -23,6 +23,7 @@ from adapterbay.registry.views import (
 __all__ = [
     "ANY",
     "AdapterSummary",
+    "Admission",
     "AdmissionReport",
     "AliasMove",
     "BaseFiles",

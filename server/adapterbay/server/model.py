@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from adapterbay.base.load import (
     pick_quantization,
     position_offset,
 )
+from adapterbay.registry import Admission
 from adapterbay.registry.errors import UnsupportedMethod
 from adapterbay.server import attention
 from adapterbay.server.adapters.forms import LM_HEAD
@@ -55,8 +56,12 @@ class ServingModel:
     offset: int  # what the base adds to a position
     padding: int | None = None  # the base's padding token, which may stand in a text
     seq2seq: Seq2Seq | None = None  # an encoder-decoder's two stacks
+    admission: Admission = field(init=False)
     kernels: Kernels = OFF
     fast: FastPath | None = None  # where the kernels serve the whole base
+
+    def __post_init__(self) -> None:
+        self.admission = Admission(self.base.files.tensor_shapes(), self.base.files.config)
 
     @classmethod
     def load(cls, config: ServerConfig) -> ServingModel:

@@ -31,6 +31,7 @@ A method or setting that is known and not served is UnsupportedMethod; an adapte
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ from adapterbay.registry.admission.safetensors_file import (
     read_header,
     refuse_other_formats,
 )
+from adapterbay.registry.admission.structure import Structure, StructureKey, Structures
 from adapterbay.registry.admission.values import check_values
 from adapterbay.registry.errors import NoEffect, Rejected
 from adapterbay.registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE, inside_path
@@ -67,6 +69,7 @@ from adapterbay.registry.manifest import CONFIG_FILE, README_FILE, WEIGHTS_FILE,
 __all__ = [
     "AdaptedModule",
     "AdaptedSite",
+    "Admission",
     "AdmissionReport",
     "Head",
     "Limits",
@@ -110,46 +113,100 @@ def admit(
 
     `labels`, if given, must be as many as the head has rows. Raises Rejected, UnsupportedMethod or NoEffect.
     """
-    limits = limits or Limits()
-    config, method, header = understand(files, limits)
-    settings, base = Settings(config), Base(base_shapes, base_config)
-    matched = match_tensors(header, method, settings, base)
-    modules = lora_modules(matched, settings) if method.peft_type == "LORA" else ()
-    rank, virtual = _check_sizes(matched, method, settings, base, limits)
-    if labels is not None and matched.head is not None and len(labels) != matched.head.labels:
-        raise Rejected(
-            f"The head has {matched.head.labels} rows, but there are {len(labels)} labels.", reason="SHAPE_MISMATCH"
-        )
-    idle = check_values(files[WEIGHTS_FILE], header, matched, modules, method, settings, base)
-    findings = list(_describe(method, settings, matched, modules, virtual))
-    if idle:
-        findings.append(f"{idle} of {len(matched.sites)} modules change nothing (a factor is all zero)")
-    return AdmissionReport(
-        peft_type=method.peft_type,
-        config=config,
-        modules=modules,
-        head=matched.head,
-        rank=rank,
-        parameters=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
-        findings=tuple(findings),
-        sites=matched.sites,
-        shared=matched.shared,
-        tokens=matched.tokens,
-        saved=matched.saved,
-        copies=matched.copies,
-        virtual_tokens=virtual,
-        initialisation=initialisation(settings) if method.peft_type == "LORA" else None,
-        invocation=settings.integers("alora_invocation_tokens") if method.peft_type == "LORA" else (),
-        entries=header.tensors,
-        tying=matched.tying,
-    )
+    return Admission(base_shapes, base_config, limits).admit(files, labels=labels)
 
 
-def understand(files: Mapping[str, Source], limits: Limits) -> tuple[dict[str, Any], Method, Header]:
-    """What can be checked without the base: the kinds of the files, the settings, the header of the tensors.
+class Admission:
+    """Admits adapters to one base. Remembers structures, never values: each of them is looked at every time.
 
-    Raises Rejected, UnsupportedMethod or NoEffect.
+    Thread-safe.
     """
+
+    def __init__(
+        self,
+        base_shapes: Mapping[str, tuple[int, ...]],
+        base_config: Mapping[str, Any],
+        limits: Limits | None = None,
+    ) -> None:
+        self._base = Base(base_shapes, base_config)
+        self._limits = limits or Limits()
+        self._structures = Structures()
+
+    def admit(self, files: Mapping[str, Source], *, labels: Sequence[str] | None = None) -> AdmissionReport:
+        """See the function `admit`."""
+        _check_files(files, self._limits)
+        found = self._structure(files)
+        matched = found.matched
+        if labels is not None and matched.head is not None and len(labels) != matched.head.labels:
+            raise Rejected(
+                f"The head has {matched.head.labels} rows, but there are {len(labels)} labels.", reason="SHAPE_MISMATCH"
+            )
+        idle = check_values(
+            files[WEIGHTS_FILE], found.header, matched, found.modules, found.method, found.settings, self._base
+        )
+        findings = found.findings
+        if idle:
+            findings += (f"{idle} of {len(matched.sites)} modules change nothing (a factor is all zero)",)
+        return AdmissionReport(
+            peft_type=found.method.peft_type,
+            config=copy.deepcopy(dict(found.settings.config)),
+            modules=found.modules,
+            head=matched.head,
+            rank=found.rank,
+            parameters=sum(math.prod(tensor.shape) for tensor in found.header.tensors.values()),
+            findings=findings,
+            sites=matched.sites,
+            shared=matched.shared,
+            tokens=matched.tokens,
+            saved=matched.saved,
+            copies=matched.copies,
+            virtual_tokens=found.virtual_tokens,
+            initialisation=found.initialisation,
+            invocation=found.invocation,
+            entries=found.header.tensors,
+            tying=matched.tying,
+        )
+
+    def _structure(self, files: Mapping[str, Source]) -> Structure:
+        weights = files[WEIGHTS_FILE]
+        written = read_bytes(complete(files[CONFIG_FILE]), CONFIG_FILE, self._limits.document_bytes)
+        key = StructureKey.of(written, weights, _size_of(weights))
+        known = None if key is None else self._structures.find(key)
+        if known is not None:
+            return known
+        config, method, header = _read(written, weights, self._limits)
+        settings = Settings(config)
+        matched = match_tensors(header, method, settings, self._base)
+        lora = method.peft_type == "LORA"
+        modules = lora_modules(matched, settings) if lora else ()
+        rank, virtual = _check_sizes(matched, method, settings, self._base, self._limits)
+        found = Structure(
+            method=method,
+            settings=settings,
+            header=header,
+            matched=matched,
+            modules=modules,
+            rank=rank,
+            virtual_tokens=virtual,
+            findings=tuple(_describe(method, settings, matched, modules, virtual)),
+            initialisation=initialisation(settings) if lora else None,
+            invocation=settings.integers("alora_invocation_tokens") if lora else (),
+        )
+        if key is not None:
+            self._structures.keep(key, found)
+        return found
+
+
+def understand(files: Mapping[str, Source], limits: Limits) -> dict[str, Any]:
+    """The settings, once all was checked that can be without the base: the kinds of the files, the settings
+    themselves, the header of the tensors. Raises Rejected, UnsupportedMethod or NoEffect.
+    """
+    _check_files(files, limits)
+    written = read_bytes(complete(files[CONFIG_FILE]), CONFIG_FILE, limits.document_bytes)
+    return _read(written, files[WEIGHTS_FILE], limits)[0]
+
+
+def _check_files(files: Mapping[str, Source], limits: Limits) -> None:
     for path, source in files.items():
         check_path(path)
         with open_source(source, path) as file:
@@ -161,8 +218,11 @@ def understand(files: Mapping[str, Source], limits: Limits) -> tuple[dict[str, A
             raise Rejected(
                 f"{required} is missing: it is not a folder that PEFT's save_pretrained wrote.", reason="MISSING_FILE"
             )
-    config = read_document(complete(files[CONFIG_FILE]), CONFIG_FILE, limits.document_bytes)
-    return config, read_method(config), _read_weights_header(files[WEIGHTS_FILE], limits)
+
+
+def _read(written: bytes, weights: Source, limits: Limits) -> tuple[dict[str, Any], Method, Header]:
+    config = read_document(written, CONFIG_FILE, limits.document_bytes)
+    return config, read_method(config), _read_weights_header(weights, limits)
 
 
 def check_path(path: str) -> None:

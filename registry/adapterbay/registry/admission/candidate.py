@@ -75,7 +75,7 @@ def examine(
     """
     limits = limits or Limits()
     files: dict[str, Path | bytes] = {name: file.path for name, file in staged.items()}
-    config, _, _ = understand(files, limits)  # before a base is fetched for it
+    config = understand(files, limits)  # before a base is fetched for it
     training = None
     if TRAINING_FILE in staged:
         training = read_document(staged[TRAINING_FILE].path, TRAINING_FILE, limits.document_bytes)

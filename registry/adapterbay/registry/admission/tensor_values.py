@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
@@ -51,6 +53,7 @@ _INTEGERS: Final = {
     "U32": "<u4",
 }
 INDEX_DTYPES: Final = frozenset(_INTEGERS)
+_FORMATS: Final = {"F16": ("<H", "<e"), "F32": ("<I", "<f"), "F64": ("<Q", "<d")}
 _FLOATS: Final = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -62,12 +65,70 @@ class Factor:
     largest: float
 
 
-def read_factor(file: BinaryIO, tensor: TensorInfo, what: str, *, rank_axis: int) -> Factor:
-    """Reads A [rank, in] with `rank_axis` 0, or B [out, rank] with 1. Needs little more memory than a chunk.
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What one pass over many tensors tells of one: the largest magnitude, all of them being finite, and of a matrix
+    which rows and which columns hold more than zero at their first value."""
+
+    largest: int
+    rows: npt.NDArray[np.bool_] | None
+    columns: npt.NDArray[np.bool_] | None
+
+
+def glance(file: BinaryIO, tensors: Iterable[TensorInfo]) -> dict[str, Glance]:
+    """Looks at tensors that lie one after another together: most adapters have hundreds of small ones, and to read each
+    by itself takes three times as long. Left out are those to look at more closely: what is too large for a chunk or
+    empty, whole numbers, what is not finite, what is not all there."""
+    found: dict[str, Glance] = {}
+    for group in _neighbours(tensors):
+        first, last = group[0], group[-1]
+        layout = _LAYOUTS[first.dtype]
+        integer = np.dtype(layout.integer)
+        file.seek(first.begin)
+        data = file.read(last.end - first.begin)
+        if len(data) != last.end - first.begin:
+            break
+        magnitudes: Bits = np.frombuffer(data, dtype=integer.newbyteorder("<")) & layout.integer(layout.sign - 1)
+        starts = [(tensor.begin - first.begin) // integer.itemsize for tensor in group]
+        zero = layout.integer(layout.zero)
+        for tensor, start, most in zip(group, starts, np.maximum.reduceat(magnitudes, starts).tolist(), strict=True):
+            if most >= layout.infinite:
+                continue
+            rows = columns = None
+            if len(tensor.shape) == 2:
+                count, width = tensor.shape
+                rows = magnitudes[start : start + count * width : width] > zero
+                columns = magnitudes[start : start + width] > zero
+            found[tensor.name] = Glance(most, rows, columns)
+    return found
+
+
+def _neighbours(tensors: Iterable[TensorInfo]) -> Iterator[list[TensorInfo]]:
+    """Runs of tensors of one floating-point type that lie one after another, each run as large as a chunk at most."""
+    run: list[TensorInfo] = []
+    for tensor in sorted(tensors, key=lambda tensor: tensor.begin):
+        fits = tensor.dtype in _LAYOUTS and 0 < tensor.nbytes <= CHUNK_VALUES * 4
+        whole = run and (run[-1].end, run[0].dtype) == (tensor.begin, tensor.dtype)
+        if run and not (fits and whole and tensor.end - run[0].begin <= CHUNK_VALUES * 4):
+            yield run
+            run = []
+        if fits:
+            run.append(tensor)
+    if run:
+        yield run
+
+
+def read_factor(file: BinaryIO, tensor: TensorInfo, what: str, *, rank_axis: int, seen: Glance | None = None) -> Factor:
+    """Reads A [rank, in] with `rank_axis` 0, or B [out, rank] with 1. Needs little more memory than a chunk. What was
+    `seen` of it may be enough.
 
     Raises Rejected with reason NOT_FINITE if any value is NaN, infinite, or too large for bfloat16, TRUNCATED if bytes
     are missing.
     """
+    if seen is not None:
+        there = seen.rows if rank_axis == 0 else seen.columns
+        if there is not None and there.all():
+            return Factor(there, _value(tensor.dtype, seen.largest))
     layout = _LAYOUTS[tensor.dtype]
     columns = math.prod(tensor.shape[1:])
     used = np.zeros(tensor.shape[rank_axis], dtype=np.bool_)
@@ -105,10 +166,12 @@ class Values:
     one: bool
 
 
-def read_values(file: BinaryIO, tensor: TensorInfo, what: str) -> Values:
-    """Reads a tensor of any shape. Raises as `read_factor` does."""
+def read_values(file: BinaryIO, tensor: TensorInfo, what: str, seen: Glance | None = None) -> Values:
+    """Reads a tensor of any shape, if what was `seen` of it is not enough. Raises as `read_factor` does."""
     layout, total = _LAYOUTS[tensor.dtype], math.prod(tensor.shape)
     one = _pattern(tensor.dtype, 1.0)
+    if seen is not None and seen.largest != one:
+        return Values(_value(tensor.dtype, seen.largest), zero=seen.largest <= layout.zero, one=False)
     largest, smallest, negative = 0, one, False
     file.seek(tensor.begin)
     for begin in range(0, total, CHUNK_VALUES):
@@ -193,13 +256,15 @@ def _pattern(dtype: str, value: float) -> int:
     """The bits of a positive number."""
     if dtype == "BF16":
         return _pattern("F32", value) >> 16
-    integer = _LAYOUTS[dtype].integer
-    return int(np.array([value], dtype=f"f{np.dtype(integer).itemsize}").view(integer)[0])
+    bits, number = _FORMATS[dtype]
+    found: int = struct.unpack(bits, struct.pack(number, value))[0]
+    return found
 
 
 def _value(dtype: str, magnitude: int) -> float:
     """The number that a magnitude stands for."""
     if dtype == "BF16":
         dtype, magnitude = "F32", magnitude << 16
-    integer = _LAYOUTS[dtype].integer
-    return float(np.array([magnitude], dtype=integer).view(f"f{np.dtype(integer).itemsize}")[0])
+    bits, number = _FORMATS[dtype]
+    found: float = struct.unpack(number, struct.pack(bits, magnitude))[0]
+    return found

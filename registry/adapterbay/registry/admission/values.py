@@ -10,7 +10,15 @@ from adapterbay.registry.admission.methods import Method, Settings
 from adapterbay.registry.admission.places import Base
 from adapterbay.registry.admission.report import AdaptedModule, AdaptedSite, Matched
 from adapterbay.registry.admission.safetensors_file import Header, Source, complete, open_source
-from adapterbay.registry.admission.tensor_values import Values, check_finite, check_indices, read_factor, read_values
+from adapterbay.registry.admission.tensor_values import (
+    Glance,
+    Values,
+    check_finite,
+    check_indices,
+    glance,
+    read_factor,
+    read_values,
+)
 from adapterbay.registry.errors import NoEffect, Rejected
 from adapterbay.registry.manifest import WEIGHTS_FILE
 
@@ -33,17 +41,18 @@ def check_values(
     own = {module.name: module for module in modules}
     read: set[str] = set()
     with open_source(complete(source), WEIGHTS_FILE) as file:
-        dead = _check_shared(file, header, matched, method, settings, base)
+        seen = glance(file, header.tensors.values())
+        dead = _check_shared(file, header, seen, matched, method, settings, base)
         read |= set(matched.shared.values())
         idle = 0
         for site in matched.sites:
             read |= set(site.tensors.values())
             if site.name in own:
-                idle += _check_lora(file, header, site, own[site.name])
+                idle += _check_lora(file, header, seen, site, own[site.name])
             else:
-                idle += _check_site(file, header, site, method, settings, base) or dead
+                idle += _check_site(file, header, seen, site, method, settings, base) or dead
         for key, tensor in header.tensors.items():
-            if key not in read:
+            if key not in read and key not in seen:
                 check_finite(file, tensor, WEIGHTS_FILE)
     more = matched.head or matched.saved or matched.tokens or matched.copies  # copies are compared by the server
     if not more and (dead or (idle == len(matched.sites) and not (method.virtual and matched.shared))):
@@ -60,12 +69,15 @@ def _what_is_zero(modules: Sequence[AdaptedModule], method: Method) -> str:
     )
 
 
-def _check_lora(file: BinaryIO, header: Header, site: AdaptedSite, module: AdaptedModule) -> bool:
+def _check_lora(
+    file: BinaryIO, header: Header, seen: Mapping[str, Glance], site: AdaptedSite, module: AdaptedModule
+) -> bool:
     """Whether a module changes nothing."""
-    a = read_factor(file, header.tensors[module.a_key], WEIGHTS_FILE, rank_axis=0)
-    b = read_factor(file, header.tensors[module.b_key], WEIGHTS_FILE, rank_axis=1)
-    extras = [key for key in site.tensors.values() if key not in (module.a_key, module.b_key)]
-    values = {key: read_values(file, header.tensors[key], WEIGHTS_FILE) for key in extras}
+    a_key, b_key = module.a_key, module.b_key
+    a = read_factor(file, header.tensors[a_key], WEIGHTS_FILE, rank_axis=0, seen=seen.get(a_key))
+    b = read_factor(file, header.tensors[b_key], WEIGHTS_FILE, rank_axis=1, seen=seen.get(b_key))
+    extras = [key for key in site.tensors.values() if key not in (a_key, b_key)]
+    values = {key: read_values(file, header.tensors[key], WEIGHTS_FILE, seen.get(key)) for key in extras}
     largest = [abs(module.scaling), a.largest, b.largest]
     if module.diagonal_key:
         largest.append(values[module.diagonal_key].largest)
@@ -81,7 +93,13 @@ def _check_lora(file: BinaryIO, header: Header, site: AdaptedSite, module: Adapt
 
 
 def _check_site(
-    file: BinaryIO, header: Header, site: AdaptedSite, method: Method, settings: Settings, base: Base
+    file: BinaryIO,
+    header: Header,
+    seen: Mapping[str, Glance],
+    site: AdaptedSite,
+    method: Method,
+    settings: Settings,
+    base: Base,
 ) -> bool:
     """Whether a module changes nothing, as far as its tensors tell."""
     place = base.attention(site.name) if site.kind == "attention" else base.place(site.name)
@@ -94,7 +112,7 @@ def _check_site(
         if expected[suffix].below:
             check_indices(file, tensor, WEIGHTS_FILE, expected[suffix].below)
         else:
-            values[suffix] = read_values(file, tensor, WEIGHTS_FILE)
+            values[suffix] = read_values(file, tensor, WEIGHTS_FILE, seen.get(key))
     scaling = abs(method.scaling(settings, place))
     for group in method.still:
         there = [values[suffix] for suffix in group if suffix in values]
@@ -119,7 +137,13 @@ def _check_product(largest: float, name: str, what: str) -> None:
 
 
 def _check_shared(
-    file: BinaryIO, header: Header, matched: Matched, method: Method, settings: Settings, base: Base
+    file: BinaryIO,
+    header: Header,
+    seen: Mapping[str, Glance],
+    matched: Matched,
+    method: Method,
+    settings: Settings,
+    base: Base,
 ) -> bool:
     """Whether the adapter's shared tensors alone make it change nothing."""
     if not matched.shared:
@@ -133,5 +157,5 @@ def _check_shared(
             check_indices(file, tensor, WEIGHTS_FILE, expected[name].below)
             continue
         stem = name.partition(".")[0]
-        zero[stem] = read_values(file, tensor, WEIGHTS_FILE).zero and zero.get(stem, True)
+        zero[stem] = read_values(file, tensor, WEIGHTS_FILE, seen.get(key)).zero and zero.get(stem, True)
     return any(zero.get(stem, False) for stem in method.still_shared)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from adapterbay.registry import AdmissionReport, Manifest, admit
+from adapterbay.registry import AdmissionReport, Manifest
 from adapterbay.registry.admission.arriving import Arriving, whole_of
 from adapterbay.registry.admission.report import AdaptedModule, AdaptedSite, TrainedTokens
 from adapterbay.registry.errors import NoEffect, Rejected, UnsupportedMethod
@@ -50,23 +50,20 @@ def build_form(manifest: Manifest, files: Mapping[str, bytes | Arriving], model:
     Raises what `adapterbay.registry.admit` raises, and UnsupportedMethod for what admission knows and this base or this
     engine has no place for.
     """
-    report = admit(
-        files, model.base.files.tensor_shapes(), base_config=model.base.files.config, labels=manifest.labels or None
-    )
+    report = model.admission.admit(files, labels=manifest.labels or None)
     with torch.no_grad():
-        return _Builder(manifest, report, tensor_views(whole_of(files[WEIGHTS_FILE]), report.entries), model).build()
+        return _Builder(manifest, report, whole_of(files[WEIGHTS_FILE]), model).build()
 
 
 class _Builder:
     """Collects what one adapter does to each place of the base."""
 
-    def __init__(
-        self, manifest: Manifest, report: AdmissionReport, tensors: Mapping[str, Tensor], model: ServingModel
-    ) -> None:
+    def __init__(self, manifest: Manifest, report: AdmissionReport, weights: bytes, model: ServingModel) -> None:
         self._manifest = manifest
         self._report = report
         self._method = report.peft_type
-        self._tensors = tensors
+        self._weights = weights
+        self._tensors = tensor_views(weights, report.entries)
         self._model = model
         self._sites = model.sites
         self._prefix = str(model.base.model.base_model_prefix)
@@ -123,7 +120,7 @@ class _Builder:
             lasting=self._lasting if report.invocation else {},
         )
         self._sites.check(form)
-        check_finite(form, self._model.dtype)
+        check_finite(form, self._model.dtype, admitted=self._weights)
         if not has_effect(form, self._sites):
             raise NoEffect(
                 f"The {self._method} adapter changes nothing on this base: it would answer as the base does. Was it "

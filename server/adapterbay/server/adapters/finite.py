@@ -4,6 +4,7 @@ the base is checked here. One infinity in a pool that rows share would be NaN in
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,10 +12,21 @@ from torch import Tensor
 from adapterbay.registry.errors import Rejected
 from adapterbay.server.adapters.forms import ServingForm
 
+AS_WIDE: Final = (torch.float32, torch.bfloat16)
+"""What admission finds finite in bfloat16 is finite in these."""
 
-def check_finite(form: ServingForm, dtype: torch.dtype) -> None:
-    """Raises Rejected (NOT_FINITE) unless every number of the form is finite in `dtype`, the base's."""
+
+def check_finite(form: ServingForm, dtype: torch.dtype, *, admitted: bytes = b"") -> None:
+    """Raises Rejected (NOT_FINITE) unless every number of the form is finite in `dtype`, the base's.
+
+    `admitted`: the weights file, at all of whose numbers admission has just looked. What of it the form holds as it is
+    there is not looked at again.
+    """
     numbers = list(_numbers(form))
+    if admitted and dtype in AS_WIDE:
+        first = torch.frombuffer(admitted, dtype=torch.uint8).data_ptr()
+        there = range(first, first + len(admitted))
+        numbers = [(where, tensor) for where, tensor in numbers if tensor.data_ptr() not in there]
     if finite((tensor for _, tensor in numbers), dtype):
         return
     where = next(where for where, tensor in numbers if not finite([tensor], dtype))
