@@ -63,7 +63,7 @@ def test_what_is_known_is_what_would_be_found_again(llama: Tiny, gpt2: Tiny, ber
 def test_values_are_looked_at_every_time(llama: Tiny, draft: DraftOf, matched: list[object]) -> None:
     """Other adapters of the same structure: one is refused, one does nothing, one is good but for a module."""
     admission = admission_of(llama)
-    good = admission.admit(changed(lambda found: None, draft(llama)))
+    good = admission.admit(changed(dict.copy, draft(llama)))
 
     def spoil(found: Tensors) -> None:
         found[max(found)][...] = math.nan
