@@ -189,6 +189,11 @@ class Ours:
                 drop_pages(Path(self._registry.root), resolved.digest, self._registry)
         return float(self.play([{**request, "tokens": 1, "at": 0.0}])["first"][0])
 
+    def load(self, names: list[str]) -> None:
+        """Brings adapters into host memory, as their first requests do."""
+        for name in names:
+            self._engine.adapters.load(self._registry.resolve(name).digest).result()
+
     def swap(self, request: dict[str, Any], name: str, alias: str, version: int) -> dict[str, float]:
         """Moves an alias and asks through it: seconds of the move, and of the next request, its resolving included."""
         began = time.perf_counter()
