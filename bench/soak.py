@@ -229,7 +229,7 @@ class Churn:
             self._under_way[key] = Asked(request, want, ends)
         try:
             self._engine.submit([request])
-        except QueueFull:
+        except (QueueFull, *ends):  # too late already, where that may be
             with self._lock:
                 del self._under_way[key]
             self._room.release()
