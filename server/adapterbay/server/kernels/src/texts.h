@@ -149,7 +149,8 @@ inline void attend_text(const Texts<T>& x, const Text& text, int64_t begin, int6
   using Unit = typename In::Unit;
   constexpr int64_t per = In::kPer;
   const auto up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
-  const int64_t keys = x.causal ? text.place(end - 1) + 1 : text.keys(), start = text.first, wide = up(keys, 16), vs = up(x.value_size, 16);
+  const int64_t keys = x.causal ? text.place(end - 1) + 1 : text.keys(), start = text.first;
+  const int64_t wide = up(keys, 16), vs = up(x.value_size, 16);
   const int64_t parts = up(x.size, per) / per, steps = up(keys, per) / per, group = x.heads / x.kv_heads;
   static thread_local std::vector<Unit> units;
   static thread_local std::vector<float> floats;
