@@ -172,9 +172,10 @@ class Crash:
     def on_disk(self) -> dict[str, set[tuple[str, int]]]:
         found: dict[str, set[tuple[str, int]]] = {"tmp": set(), "blobs": set(), "adapters": set()}
         for kind, places in found.items():
-            for path in (self.root / kind).rglob("*"):
-                with contextlib.suppress(FileNotFoundError):  # a living server tidies up
-                    places.add((str(path), path.stat().st_ino))
+            for folder, folders, files in os.walk(self.root / kind):  # passes over what a living server tidies away
+                for path in (Path(folder, name) for name in (*folders, *files)):
+                    with contextlib.suppress(FileNotFoundError):
+                        places.add((str(path), path.stat().st_ino))
         return found
 
     def stage(self, before: dict[str, set[tuple[str, int]]]) -> str:
