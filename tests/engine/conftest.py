@@ -5,6 +5,16 @@ from __future__ import annotations
 import pytest
 from zoo import Zoo, make_zoo
 
+from adapterbay.server.kernels import loader
+
+
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """The compiled kernels are loaded. Where they cannot be, tests fail; they are skipped only without a compiler."""
+    if loader.find_compiler() is None:
+        pytest.skip(loader.NO_COMPILER)
+    loader.load("on")
+
 
 @pytest.fixture(scope="session")
 def zoos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Zoo]:

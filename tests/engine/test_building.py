@@ -175,6 +175,22 @@ def test_an_infinity_that_only_the_base_brings_out_reaches_nobody(llama: Bench) 
             answers[1].wait()
 
 
+def test_what_a_file_holds_is_looked_at_again_for_halves(llama: Bench) -> None:
+    """Admission finds it finite in bfloat16, which a base in float16 is not wide enough for."""
+    folder = llama.add("large", "lora")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    next(tensor for key, tensor in sorted(tensors.items()) if "lora_A" in key)[0, 0] = 7e4
+    save_file(tensors, folder / "adapter_model.safetensors")
+    llama.push("large", folder)
+    for dtype in ("float32", "bfloat16"):
+        with Harness(llama.base, llama.registry, dtype=dtype) as harness:
+            harness.load("large")
+    with Harness(llama.base, llama.registry, dtype="float16") as harness:
+        with pytest.raises(Rejected, match="base's float16") as caught:
+            harness.load("large")
+        assert caught.value.reason == "NOT_FINITE"
+
+
 def test_what_is_finite_depends_on_the_bases_dtype() -> None:
     for value, halves in ((7e4, False), (65519.0, True), (-7e4, False), (float("nan"), False), (1.0, True)):
         tensor = torch.tensor([[0.0, value], [1.0, 2.0]])

@@ -27,7 +27,6 @@ from adapterbay.server.attention import AttentionPlan, Segment
 from adapterbay.server.config import ServerConfig
 from adapterbay.server.fast.layer import FastLayer
 from adapterbay.server.fast.path import FastPath
-from adapterbay.server.kernels import loader
 from adapterbay.server.kv import BlockPool
 from adapterbay.server.mix.plan import AdapterMix, Run
 from adapterbay.server.model import ServingModel
@@ -55,10 +54,7 @@ class Pair:
             model.sites.remove(key, form)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    if not loader.load("auto").loaded:
-        pytest.skip(f"kernels: {loader.load('auto')}")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @pytest.fixture(scope="module")

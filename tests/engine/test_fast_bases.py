@@ -12,7 +12,6 @@ from tiny import load_reference, make_base
 from adapterbay.server.attention import AttentionPlan, Segment
 from adapterbay.server.config import ServerConfig
 from adapterbay.server.fast.path import FastPath, Unfit
-from adapterbay.server.kernels import loader
 from adapterbay.server.model import ServingModel
 
 TOKENS = 24
@@ -23,10 +22,7 @@ REASONS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    if not loader.load("auto").loaded:
-        pytest.skip(f"kernels: {loader.load('auto')}")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def load(base: Path, dtype: str = "float32") -> ServingModel:

@@ -19,11 +19,7 @@ LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 DTYPES = list(LIMIT)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    if loader.find_compiler() is None:
-        pytest.skip(loader.NO_COMPILER)
-    loader.load("on")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def near(got: Tensor, expected: Tensor, limit: float | None = None) -> None:

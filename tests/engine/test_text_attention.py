@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapterbay.server.adapters.forms import Prefix
 from adapterbay.server.attention import AttentionPlan, Scoring, Segment, prefill
-from adapterbay.server.kernels import loader, ops
+from adapterbay.server.kernels import ops
 from adapterbay.server.kv import BlockPool, LayerShape
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -21,11 +21,7 @@ LENGTHS = (1, 3, 130, 16, 4, 65)
 SHAPES = [(12, 12, 32, 32), (9, 3, 64, 64), (4, 2, 18, 24), (2, 1, 7, 5), (2, 2, 80, 128)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def kernels() -> None:
-    if loader.find_compiler() is None:
-        pytest.skip(loader.NO_COMPILER)
-    loader.load("on")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def whole(lengths: tuple[int, ...]) -> Tensor:
@@ -34,14 +30,16 @@ def whole(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([2 * (end - length, end) for length, end in zip(lengths, ends, strict=True)])
 
 
+def heads_first(flat: Tensor, heads: int) -> Tensor:
+    return flat.unflatten(1, (heads, -1)).transpose(0, 1)
+
+
 def made(tokens: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v [heads, tokens, size] as a fused projection leaves them: pieces of one wide row for each token."""
     heads, kv_heads, size, value_size = shape
     wide = drawn(tokens, heads * size + kv_heads * (size + value_size), dtype=dtype)
     q, k, v = wide.split([heads * size, kv_heads * size, kv_heads * value_size], 1)
-    return tuple(
-        part.unflatten(1, (count, -1)).transpose(0, 1) for part, count in ((q, heads), (k, kv_heads), (v, kv_heads))
-    )  # type: ignore[return-value]
+    return heads_first(q, heads), heads_first(k, kv_heads), heads_first(v, kv_heads)
 
 
 def expected(q: Tensor, k: Tensor, v: Tensor, texts: Tensor, *, causal: bool, window: int | None = None) -> Tensor:
@@ -173,9 +171,12 @@ def test_rows_that_see_more_than_their_new_tokens_go_one_by_one() -> None:
         Segment(12, 32, None),
         Segment(32, 33 + ops.MOST_KEYS, None),
     )
-    texts, others = AttentionPlan(causal=True, segments=segments).whole()
+    plan = AttentionPlan(causal=True, segments=segments)
+    texts, others = plan.texts()
     assert texts.tolist() == [[1, 4, 1, 4], [12, 32, 12, 32]]
-    assert others == (*segments[1:3], segments[4])
+    assert [segment for segment, _ in others] == [*segments[1:3], segments[4]]
+    assert [None if text is None else text.tolist() for _, text in others] == [[[4, 9, 0, 7]], [[9, 12, 0, 5]], None]
+    assert plan.texts()[0] is texts
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -10,7 +10,7 @@ from registry_tools import Tiny
 
 from adapterbay.registry import Registry
 from adapterbay.registry.admission.arriving import AT_LEAST, Arriving, whole_of
-from adapterbay.registry.admission.safetensors_file import complete, open_source, read_header
+from adapterbay.registry.admission.safetensors_file import open_source, read_header
 from adapterbay.registry.errors import Corrupted
 from adapterbay.registry.manifest import WEIGHTS_FILE
 
@@ -45,7 +45,7 @@ def test_the_header_does_not_wait_for_the_tensors(checkpoint: bytes) -> None:
     finally:
         slow.rest.set()
         reader.join()
-    assert complete(source) == whole_of(source) == checkpoint
+    assert whole_of(source) == whole_of(checkpoint) == checkpoint
     assert slow.reads.count(None) == 1, "it is read whole once, whoever asks"
 
 

@@ -125,7 +125,7 @@ def test_structures_are_kept_within_bytes(llama: Tiny) -> None:
     def key(name: str, size: int) -> StructureKey:
         return StructureKey(name.encode(), b"", 0, size)
 
-    structures, some = Structures(100), Structure(*([None] * 10))  # type: ignore[arg-type]
+    structures, some = Structures(100), Structure(*([None] * 5))  # type: ignore[arg-type]
     for name in "abc":
         structures.keep(key(name, 30), some)
     assert structures.find(key("a", 30)) is some

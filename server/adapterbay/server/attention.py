@@ -4,12 +4,13 @@ transformers calls `attend` through its attention interface with query [1, heads
 values [1, kv heads, tokens, size]. What belongs to which row stands in the step's `AttentionPlan`. Decoding rows
 (one new token each) come first and are computed together over their gathered blocks; prefilling rows are computed one
 by one, over their own keys or, in a later chunk, over their blocks. Where the compiled kernels are, those that see
-their own keys and no others are computed together.
+their new tokens and no others are computed together.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -54,6 +55,13 @@ class Segment:
     slots: Tensor | None
     prefix: Prefix | None = None
 
+    @property
+    def keys(self) -> int:
+        """How many tokens its last one sees, the cache's and the prefix's included."""
+        if self.slots is not None:
+            return len(self.slots)
+        return self.stop - self.start + (self.prefix.count if self.prefix is not None else 0)
+
 
 @dataclass(slots=True)
 class AttentionPlan:
@@ -72,19 +80,23 @@ class AttentionPlan:
     kernels: bool = False  # the compiled ones are loaded
     biases: dict[int, Tensor] = field(default_factory=dict)  # by segment start, -1 for decoding rows; see `relative`
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
-    _whole: tuple[Tensor, tuple[Segment, ...]] | None = None
+    _texts: tuple[Tensor, tuple[tuple[Segment, Tensor | None], ...]] | None = None
 
-    def whole(self) -> tuple[Tensor, tuple[Segment, ...]]:
-        """The segments that see their own new tokens only, as `text_attention` has them, [texts, 4]; and the others."""
-        if self._whole is None:
-            texts, others = [], []
+    def texts(self) -> tuple[Tensor, tuple[tuple[Segment, Tensor | None], ...]]:
+        """The segments as `text_attention` has them, made once for all layers: those that see their new tokens only,
+        [texts, 4]; and the others, each with a text of its own [1, 4], or None where that is too long."""
+        if self._texts is None:
+            together: list[tuple[int, ...]] = []
+            others: list[tuple[Segment, Tensor | None]] = []
             for segment in self.segments:
-                if segment.slots is None and segment.prefix is None and segment.stop - segment.start <= MOST_KEYS:
-                    texts.append(2 * (segment.start, segment.stop))
+                if segment.keys > MOST_KEYS:
+                    others.append((segment, None))
+                elif segment.slots is None and segment.prefix is None:
+                    together.append(2 * (segment.start, segment.stop))
                 else:
-                    others.append(segment)
-            self._whole = torch.tensor(texts, dtype=torch.long).view(-1, 4), tuple(others)
-        return self._whole
+                    others.append((segment, torch.tensor([[segment.start, segment.stop, 0, segment.keys]])))
+            self._texts = torch.tensor(together, dtype=torch.long).view(-1, 4), tuple(others)
+        return self._texts
 
     def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[decode rows, 1, 1, tokens]: 0 where a row may look, -inf elsewhere."""
@@ -208,17 +220,14 @@ def _decode_bias(plan: AttentionPlan, relative: Relative, keys: int) -> Tensor:
 
 def prefill(plan: AttentionPlan, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, out: Tensor) -> None:
     """All prefilling rows of a step: q, k and v [heads, tokens, size] into `out` [tokens, heads, value size]."""
-    segments = plan.segments
-    by_kernels = plan.kernels and q.dtype in KERNEL_DTYPES and scoring.softcap is None and scoring.relative is None
-    if by_kernels:
-        texts, segments = plan.whole()
+    rows: Iterable[tuple[Segment, Tensor | None]] = ((segment, None) for segment in plan.segments)
+    if plan.kernels and q.dtype in KERNEL_DTYPES and scoring.softcap is None and scoring.relative is None:
+        texts, rows = plan.texts()
         if len(texts):
             text_attention(q, k, v, texts, scoring.scale, out, causal=plan.causal, window=scoring.window)
-    for segment in segments:
+    for segment, text in rows:
         row_k, row_v = _keys_and_values(plan, layer, segment, k, v)
-        total = row_k.shape[1]
-        if by_kernels and total <= MOST_KEYS:
-            text = torch.tensor([[segment.start, segment.stop, 0, total]])
+        if text is not None:
             text_attention(q, row_k, row_v, text, scoring.scale, out, causal=plan.causal, window=scoring.window)
         else:
             row_q = q[:, segment.start : segment.stop]

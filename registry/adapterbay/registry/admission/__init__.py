@@ -34,10 +34,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from adapterbay.registry.admission.arriving import whole_of
 from adapterbay.registry.admission.documents import read_bytes, read_document
 from adapterbay.registry.admission.lora_modules import lora_modules, variants
 from adapterbay.registry.admission.matching import match_tensors
@@ -56,7 +57,6 @@ from adapterbay.registry.admission.report import (
 from adapterbay.registry.admission.safetensors_file import (
     Header,
     Source,
-    complete,
     open_source,
     read_header,
     refuse_other_formats,
@@ -136,40 +136,28 @@ class Admission:
         """See the function `admit`."""
         _check_files(files, self._limits)
         found = self._structure(files)
-        matched = found.matched
-        if labels is not None and matched.head is not None and len(labels) != matched.head.labels:
+        report, head = found.report, found.matched.head
+        if labels is not None and head is not None and len(labels) != head.labels:
             raise Rejected(
-                f"The head has {matched.head.labels} rows, but there are {len(labels)} labels.", reason="SHAPE_MISMATCH"
+                f"The head has {head.labels} rows, but there are {len(labels)} labels.", reason="SHAPE_MISMATCH"
             )
         idle = check_values(
-            files[WEIGHTS_FILE], found.header, matched, found.modules, found.method, found.settings, self._base
+            files[WEIGHTS_FILE],
+            found.header,
+            found.matched,
+            report.modules,
+            found.method,
+            found.settings,
+            self._base,
         )
-        findings = found.findings
+        findings = report.findings
         if idle:
-            findings += (f"{idle} of {len(matched.sites)} modules change nothing (a factor is all zero)",)
-        return AdmissionReport(
-            peft_type=found.method.peft_type,
-            config=copy.deepcopy(dict(found.settings.config)),
-            modules=found.modules,
-            head=matched.head,
-            rank=found.rank,
-            parameters=sum(math.prod(tensor.shape) for tensor in found.header.tensors.values()),
-            findings=findings,
-            sites=matched.sites,
-            shared=matched.shared,
-            tokens=matched.tokens,
-            saved=matched.saved,
-            copies=matched.copies,
-            virtual_tokens=found.virtual_tokens,
-            initialisation=found.initialisation,
-            invocation=found.invocation,
-            entries=found.header.tensors,
-            tying=matched.tying,
-        )
+            findings += (f"{idle} of {len(report.sites)} modules change nothing (a factor is all zero)",)
+        return replace(report, config=copy.deepcopy(report.config), findings=findings)
 
     def _structure(self, files: Mapping[str, Source]) -> Structure:
         weights = files[WEIGHTS_FILE]
-        written = read_bytes(complete(files[CONFIG_FILE]), CONFIG_FILE, self._limits.document_bytes)
+        written = read_bytes(whole_of(files[CONFIG_FILE]), CONFIG_FILE, self._limits.document_bytes)
         key = StructureKey.of(written, weights, _size_of(weights))
         known = None if key is None else self._structures.find(key)
         if known is not None:
@@ -180,18 +168,26 @@ class Admission:
         lora = method.peft_type == "LORA"
         modules = lora_modules(matched, settings) if lora else ()
         rank, virtual = _check_sizes(matched, method, settings, self._base, self._limits)
-        found = Structure(
-            method=method,
-            settings=settings,
-            header=header,
-            matched=matched,
+        report = AdmissionReport(
+            peft_type=method.peft_type,
+            config=config,
             modules=modules,
+            head=matched.head,
             rank=rank,
-            virtual_tokens=virtual,
+            parameters=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
             findings=tuple(_describe(method, settings, matched, modules, virtual)),
+            sites=matched.sites,
+            shared=matched.shared,
+            tokens=matched.tokens,
+            saved=matched.saved,
+            copies=matched.copies,
+            virtual_tokens=virtual,
             initialisation=initialisation(settings) if lora else None,
             invocation=settings.integers("alora_invocation_tokens") if lora else (),
+            entries=header.tensors,
+            tying=matched.tying,
         )
+        found = Structure(method, settings, header, matched, report)
         if key is not None:
             self._structures.keep(key, found)
         return found
@@ -202,7 +198,7 @@ def understand(files: Mapping[str, Source], limits: Limits) -> dict[str, Any]:
     themselves, the header of the tensors. Raises Rejected, UnsupportedMethod or NoEffect.
     """
     _check_files(files, limits)
-    written = read_bytes(complete(files[CONFIG_FILE]), CONFIG_FILE, limits.document_bytes)
+    written = read_bytes(whole_of(files[CONFIG_FILE]), CONFIG_FILE, limits.document_bytes)
     return _read(written, files[WEIGHTS_FILE], limits)[0]
 
 
@@ -257,7 +253,7 @@ def check_prefix(path: str, prefix: bytes, *, left_out: bool = False) -> None:
 
 def check_text(path: str, source: Source, max_bytes: int) -> None:
     """Refuses what is not text. Raises Rejected with reason BAD_TEXT or TOO_LARGE."""
-    data = read_bytes(complete(source), path, max_bytes)
+    data = read_bytes(whole_of(source), path, max_bytes)
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:

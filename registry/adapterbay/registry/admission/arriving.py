@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 from adapterbay.registry.errors import Corrupted
+
+K = TypeVar("K", bound=Path | bytes)
 
 AT_LEAST: Final = 1 << 16
 """Bytes of the beginning that are read at once: most headers."""
@@ -83,6 +86,6 @@ class Beginning(io.RawIOBase):
         return len(data)
 
 
-def whole_of(file: bytes | Arriving) -> bytes:
-    """A file's bytes, once they are there."""
-    return file if isinstance(file, bytes) else file.whole()
+def whole_of(file: K | Arriving) -> K | bytes:
+    """A file that can be read anywhere: of one that still arrives its bytes, once they are there."""
+    return file.whole() if isinstance(file, Arriving) else file

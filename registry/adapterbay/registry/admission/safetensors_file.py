@@ -87,11 +87,6 @@ def open_source(source: Source, what: str = WEIGHTS_FILE) -> BinaryIO:
     return io.BytesIO(source) if isinstance(source, bytes) else cast(BinaryIO, source.open())
 
 
-def complete(source: Source) -> Path | bytes:
-    """What can be read anywhere: of a file that still arrives all of its bytes, once they are there."""
-    return source.whole() if isinstance(source, Arriving) else source
-
-
 def read_header(
     source: Source, what: str, *, max_header_bytes: int = MAX_HEADER_BYTES, max_tensors: int | None = None
 ) -> Header:

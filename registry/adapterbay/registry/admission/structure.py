@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from adapterbay.registry.admission.methods import Method, Settings
-from adapterbay.registry.admission.report import AdaptedModule, Matched
+from adapterbay.registry.admission.report import AdmissionReport, Matched
 from adapterbay.registry.admission.safetensors_file import Header, Source, open_source
 from adapterbay.registry.manifest import WEIGHTS_FILE
 
@@ -27,12 +27,7 @@ class Structure:
     settings: Settings
     header: Header
     matched: Matched
-    modules: tuple[AdaptedModule, ...]
-    rank: int
-    virtual_tokens: int
-    findings: tuple[str, ...]
-    initialisation: str | None
-    invocation: tuple[int, ...]
+    report: AdmissionReport  # but for what values tell
 
 
 @dataclass(frozen=True, slots=True)

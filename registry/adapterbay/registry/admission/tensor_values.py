@@ -106,10 +106,11 @@ def glance(file: BinaryIO, tensors: Iterable[TensorInfo]) -> dict[str, Glance]:
 def _neighbours(tensors: Iterable[TensorInfo]) -> Iterator[list[TensorInfo]]:
     """Runs of tensors of one floating-point type that lie one after another, each run as large as a chunk at most."""
     run: list[TensorInfo] = []
+    most = 4 * CHUNK_VALUES  # bytes: the values of a chunk in float32
     for tensor in sorted(tensors, key=lambda tensor: tensor.begin):
-        fits = tensor.dtype in _LAYOUTS and 0 < tensor.nbytes <= CHUNK_VALUES * 4
+        fits = tensor.dtype in _LAYOUTS and 0 < tensor.nbytes <= most
         whole = run and (run[-1].end, run[0].dtype) == (tensor.begin, tensor.dtype)
-        if run and not (fits and whole and tensor.end - run[0].begin <= CHUNK_VALUES * 4):
+        if run and not (fits and whole and tensor.end - run[0].begin <= most):
             yield run
             run = []
         if fits:

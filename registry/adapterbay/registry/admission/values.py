@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO, Final
 
+from adapterbay.registry.admission.arriving import whole_of
 from adapterbay.registry.admission.methods import Method, Settings
 from adapterbay.registry.admission.places import Base
 from adapterbay.registry.admission.report import AdaptedModule, AdaptedSite, Matched
-from adapterbay.registry.admission.safetensors_file import Header, Source, complete, open_source
+from adapterbay.registry.admission.safetensors_file import Header, Source, open_source
 from adapterbay.registry.admission.tensor_values import (
     Glance,
     Values,
@@ -40,7 +41,7 @@ def check_values(
     """Returns how many modules change nothing; raises NoEffect if that is all there is, or Rejected (NOT_FINITE)."""
     own = {module.name: module for module in modules}
     read: set[str] = set()
-    with open_source(complete(source), WEIGHTS_FILE) as file:
+    with open_source(whole_of(source), WEIGHTS_FILE) as file:
         seen = glance(file, header.tensors.values())
         dead = _check_shared(file, header, seen, matched, method, settings, base)
         read |= set(matched.shared.values())
